@@ -1,0 +1,139 @@
+"""What a user may ask of a generation, checked before any work: sampling, lengths, the shape of speculation."""
+
+import math
+import numbers
+from dataclasses import dataclass
+
+from kernels.layout import DEPTH_LIMIT, Sampling
+
+METHODS = ("baseline", "speculative", "tree", "staged")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is drawn. Names and meanings are Hugging Face's; greedy unless ``do_sample``."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = 50  # 0 or None = off
+    top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # 0 = off
+
+    def __post_init__(self):
+        _require_number("temperature", self.temperature, self.temperature >= 0, "at least 0 and finite")
+        if self.top_k is not None:
+            _require_integer("top_k", self.top_k, self.top_k >= 0 if _is_integer(self.top_k) else False, "at least 0")
+        _require_number("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _require_number("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+
+    def with_seed(self, seed: int) -> Sampling:
+        """The draw rule of the kernels. Temperature 0 is greedy, and greedy has no filter and no noise."""
+        if not self.do_sample or self.temperature == 0:
+            return Sampling(noise=False, seed=seed, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        return Sampling(True, seed, float(self.temperature), self.top_k or 0, float(self.top_p), float(self.min_p))
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """The shape of one iteration's tree, cheapest stage first.
+
+    Stage i repeats ``rounds[i]`` times: the stages below extend the tree, then stage i scores its ``widths[i]`` best
+    unscored nodes in one pass and gives each its ``children[i]`` best children. The oracle then verifies the
+    ``budget`` best nodes. ``tau`` divides perturbed scores before the softmax that makes them edge scores.
+    """
+
+    stages: tuple[str, ...] = ()
+    rounds: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    children: tuple[int, ...] = ()
+    budget: int = 0
+    max_depth: int = DEPTH_LIMIT
+    tau: float = 0.85
+
+    def __post_init__(self):
+        for name in ("rounds", "widths", "children"):
+            values = getattr(self, name)
+            if len(values) != len(self.stages):
+                raise ValueError(
+                    f"{name} must have one entry per stage, got {len(values)} for {len(self.stages)} stages"
+                )
+            for value in values:
+                _require_integer(name, value, value >= 1, "at least 1")
+        _require_integer("budget", self.budget, self.budget >= 0, "at least 0")
+        _require_integer("max_depth", self.max_depth, 1 <= self.max_depth <= DEPTH_LIMIT, f"in [1, {DEPTH_LIMIT}]")
+        _require_number("tau", self.tau, self.tau > 0, "above 0")
+
+    @property
+    def capacity(self) -> int:
+        """Nodes that a tree may hold: what one iteration can add, and as much kept from the one before."""
+        added, calls = 0, 1
+        for rounds, width, children in reversed(list(zip(self.rounds, self.widths, self.children, strict=True))):
+            calls *= rounds
+            added += calls * width * children
+        return 2 * added + self.budget + 1
+
+
+def chain(num_tokens: int, stage: str = "draft") -> SpeculationConfig:
+    """Classical speculative decoding: the draft proposes ``num_tokens`` tokens one after the other, no branches."""
+    return SpeculationConfig((stage,), (num_tokens,), (1,), (1,), num_tokens, num_tokens)
+
+
+def default_speculation(method: str | None, available: list[str]) -> SpeculationConfig:
+    """The default shape of ``method`` on the stages there are, cheapest first; None means all of them.
+
+    Raises ValueError where the method needs a stage that is missing.
+    """
+    drafts = tuple(name for name in available if name != "draft2")
+    if method is None:
+        method = "staged" if "draft2" in available else "tree" if drafts else "baseline"
+    elif method == "staged" and ("draft2" not in available or not drafts):
+        raise ValueError(f"method 'staged' needs draft2 and a draft, this decoder has {available}")
+    elif method in ("speculative", "tree") and not drafts:
+        raise ValueError(f"method {method!r} needs a draft, this decoder has {available}")
+    if method == "baseline":
+        return SpeculationConfig()
+    if method == "speculative":
+        return chain(5, drafts[-1])
+    if method == "tree":
+        return SpeculationConfig(drafts[-1:], (6,), (8,), (6,), budget=31, max_depth=8)
+    lookup = ("draft2",) if "draft2" in available else ()
+    n, m = len(lookup), len(drafts)
+    return SpeculationConfig(lookup + drafts, (4,) * n + (3,) * m, (6,) * n + (15,) * m, (4,) * n + (6,) * m, 31, 12)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a generation ends. ``max_new_tokens`` counts the eos token; ``eos_token_ids`` is empty under ignore_eos."""
+
+    max_new_tokens: int = 128
+    eos_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        value = self.max_new_tokens
+        _require_integer("max_new_tokens", value, _is_integer(value) and value >= 1, "at least 1")
+        for stop in self.stop_strings:
+            if not isinstance(stop, str) or not stop:
+                raise ValueError(f"stop_strings must be non-empty strings, got {stop!r}")
+
+
+def check_seed(seed: int) -> int:
+    """``seed`` itself if it is an integer of 64 bits."""
+    _require_integer("seed", seed, _is_integer(seed) and 0 <= seed < 2**64, "in [0, 2**64)")
+    return int(seed)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _require_integer(name: str, value: object, allowed: bool, wanted: str) -> None:
+    if not _is_integer(value):
+        raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
+    if not allowed:
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def _require_number(name: str, value: object, allowed: bool, wanted: str) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value) or not allowed:
+        raise ValueError(f"{name} must be a number {wanted}, got {value!r}")

@@ -1,0 +1,220 @@
+"""The public entry point: load a chain of stages, generate text that is exactly the oracle's own."""
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoding import katz, text
+from decoding.config import METHODS, Limits, SamplingConfig, SpeculationConfig, check_seed, default_speculation
+from decoding.loop import Generation
+from decoding.stages import GPT2Stage, KatzStage, Stage
+from model import runtime, weights
+from model.gpt2 import GPT2
+
+BUNDLED = Path(__file__).resolve().parent.parent / "model" / "bundled"
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """What ``StagedDecoder.generate`` returns."""
+
+    sequences: torch.Tensor  # int64 [1, prompt + new], as in Hugging Face
+    new_token_ids: list[int]  # an eos token is part of it, a stop string is not
+    text: str | None  # the completion only; None without a tokenizer
+    token_stages: list[str]  # per new token, the cheapest stage that had proposed it; "oracle" for its own
+    finish_reason: str  # "eos", "stop" or "length"
+    seed: int
+    stats: dict[str, Any]  # see Statistics.summary
+
+
+class StagedDecoder:
+    """A chain of stages ending in the oracle. Build one with ``from_pretrained``."""
+
+    def __init__(self, lower: list[Stage], oracle: GPT2Stage, tokenizer=None, chosen: str = ""):
+        for stage in lower:
+            if stage.vocab_size != oracle.vocab_size:
+                raise ValueError(
+                    f"vocab_size of {stage.name} is {stage.vocab_size}, of {oracle.name} {oracle.vocab_size}: "
+                    "stages must share one vocabulary"
+                )
+        self.lower, self.oracle, self.tokenizer = lower, oracle, tokenizer
+        self.runtime = chosen
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        oracle: Any = "bundled",
+        draft: Any = "auto",
+        draft2: Any = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        backend: str = "auto",
+        page_size: int = 1,
+    ) -> "StagedDecoder":
+        """Load the chain draft2, draft, oracle.
+
+        ``oracle`` and ``draft`` are a hub id, a directory, or a ``GPT2LMHeadModel`` in memory; ``draft`` may be a list
+        of them, cheapest first, for deeper chains. ``draft2`` is the directory of a table. "bundled" is the small trio
+        that comes with the package, "auto" its lower stages, None leaves a stage out. Raises ValueError with what to
+        pass where a default does not exist, and for anything that cannot be loaded or does not fit together.
+        """
+        chosen = runtime.resolve(device, dtype, backend)
+        oracle_stage, tokenizer = _load_stage("oracle", oracle, chosen, page_size)
+        drafts = [_default(draft, "draft", oracle)] if not isinstance(draft, list | tuple) else list(draft)
+        drafts = [source for source in drafts if source is not None]
+        lower: list[Stage] = []
+        table = _default(draft2, "draft2", oracle)
+        if table is not None:
+            lower.append(KatzStage("draft2", katz.load(table), chosen.ops))
+        for i, source in enumerate(drafts):
+            name = "draft" if len(drafts) == 1 else f"draft_{i + 1}"
+            stage, own = _load_stage(name, source, chosen, page_size)
+            if tokenizer is not None and own is not None:
+                text.require_same_tokens("oracle", tokenizer, name, own)
+            lower.append(stage)
+        return cls(lower, oracle_stage, tokenizer, str(chosen))
+
+    def generate(
+        self,
+        prompt: str | list[int] | torch.Tensor,
+        max_new_tokens: int = 128,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        ignore_eos: bool = False,
+        stop_strings: str | list[str] | None = None,
+        streamer: Any = None,
+        method: str | None = None,
+        speculation: SpeculationConfig | None = None,
+    ) -> GenerateOutput:
+        """Continue ``prompt`` (text, token ids, or a tensor [n] or [1, n]) by up to ``max_new_tokens`` tokens.
+
+        The tokens depend on the oracle, the prompt, the sampling arguments and ``seed`` alone: every ``method``
+        ("baseline", "speculative", "tree", "staged"; None for the fullest available) and every ``speculation`` gives
+        the same ones. ``seed=None`` draws a fresh seed, returned as ``out.seed``. ``eos_token_id=None`` is the
+        checkpoint's own. ``streamer`` follows Hugging Face's protocol (``put``, ``end``).
+
+        Raises ValueError before any work for an argument outside its range, FloatingPointError for NaN logits.
+        """
+        prompt_ids = self.encode(prompt)
+        sampling = SamplingConfig(do_sample, temperature, top_k, top_p, min_p)
+        seed = secrets.randbits(63) if seed is None else check_seed(seed)
+        limits = Limits(max_new_tokens, self._eos(eos_token_id, ignore_eos), _as_tuple(stop_strings))
+        if limits.stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer, and the oracle was loaded without one")
+        config = self._speculation(method, speculation)
+        lower = [self._stage(name) for name in config.stages]
+        generation = Generation(lower, self.oracle, prompt_ids, sampling.with_seed(seed), limits, config)
+        return self._drain(generation, prompt_ids, seed, limits.stop_strings, streamer)
+
+    def _drain(self, generation, prompt_ids, seed, stop_strings, streamer) -> GenerateOutput:
+        new, completion = [], None
+        if streamer is not None:
+            streamer.put(torch.tensor([prompt_ids]))
+        for emitted in generation.run():
+            new += emitted
+            if stop_strings and (stop := text.find_stop(self.tokenizer, new, stop_strings)):
+                keep, completion = stop
+                surplus = len(new) - keep
+                generation.stats.truncate(surplus)
+                generation.finish_reason = "stop"
+                emitted, new = emitted[: max(0, len(emitted) - surplus)], new[:keep]
+            if streamer is not None and emitted:
+                streamer.put(torch.tensor(emitted))
+        if streamer is not None:
+            streamer.end()
+        if completion is None and self.tokenizer is not None:
+            completion = self.tokenizer.decode(new, skip_special_tokens=True)
+        return GenerateOutput(
+            sequences=torch.tensor([prompt_ids + new]),
+            new_token_ids=new,
+            text=completion,
+            token_stages=generation.stats.token_stages,
+            finish_reason=generation.finish_reason,
+            seed=seed,
+            stats=generation.stats.summary([*generation.lower, generation.oracle]),
+        )
+
+    def encode(self, prompt: str | list[int] | torch.Tensor) -> list[int]:
+        """Token ids of ``prompt``, checked. Raises ValueError for an empty or too long prompt and for ids out of range."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the oracle was loaded without a tokenizer: pass token ids, not text")
+            ids = self.tokenizer.encode(prompt).ids
+        else:
+            if isinstance(prompt, torch.Tensor) and (prompt.is_floating_point() or prompt.dim() > 2):
+                raise ValueError(f"prompt must be token ids [n] or [1, n], got {prompt.dtype} {tuple(prompt.shape)}")
+            ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+            if len(ids) == 1 and isinstance(ids[0], list):
+                ids = ids[0]
+        if not ids:
+            raise ValueError("prompt is empty: at least 1 token is needed")
+        context, vocab_size = self.oracle.model.config.n_positions, self.oracle.vocab_size
+        if len(ids) > context:
+            raise ValueError(f"prompt has {len(ids)} tokens, the oracle's context is {context}")
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ValueError(f"prompt token ids must be integers in [0, {vocab_size}), got {token!r}")
+        return ids
+
+    def _eos(self, eos_token_id: int | list[int] | None, ignore_eos: bool) -> tuple[int, ...]:
+        if ignore_eos:
+            return ()
+        if eos_token_id is None:
+            return self.oracle.model.config.eos_token_ids
+        ids = tuple(eos_token_id) if isinstance(eos_token_id, list | tuple) else (eos_token_id,)
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.oracle.vocab_size:
+                raise ValueError(f"eos_token_id must be in [0, {self.oracle.vocab_size}), got {token!r}")
+        return ids
+
+    def _stage(self, name: str) -> Stage:
+        for stage in self.lower:
+            if stage.name == name:
+                return stage
+        raise ValueError(
+            f"this decoder has no stage {name!r}, only {[stage.name for stage in self.lower]} and the oracle"
+        )
+
+    def _speculation(self, method: str | None, speculation: SpeculationConfig | None) -> SpeculationConfig:
+        if method is not None and method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS} or None, got {method!r}")
+        if speculation is not None:
+            return speculation
+        names = [stage.name for stage in self.lower]
+        return default_speculation(method, names)
+
+
+def _load_stage(name: str, source: Any, chosen: runtime.Runtime, page_size: int):
+    """A GPT-2 stage and its tokenizer (None where there is none)."""
+    tokenizer = None
+    if not hasattr(source, "state_dict"):
+        if not isinstance(source, str | Path):
+            raise ValueError(f"{name} must be a hub id, a directory or a GPT2LMHeadModel, got {type(source).__name__}")
+        source = BUNDLED / name if source == "bundled" else weights.locate(source)
+        tokenizer = text.load_tokenizer(source)
+    try:
+        config, tensors = weights.load(source, chosen.dtype, chosen.device)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return GPT2Stage(name, GPT2(config, tensors, chosen.ops), page_size), tokenizer
+
+
+def _default(value: Any, stage: str, oracle: Any) -> Any:
+    if not (isinstance(value, str) and value == "auto"):
+        return value
+    if not (isinstance(oracle, str) and oracle == "bundled"):
+        raise ValueError(f"{stage}='auto' is known for the bundled oracle only: pass {stage}=... or {stage}=None")
+    return BUNDLED / stage
+
+
+def _as_tuple(value: str | list[str] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)

@@ -1,0 +1,226 @@
+"""draft²: a trigram model with Katz back-off (Katz 1987), estimated from token ids and baked into successor rows.
+
+    P(w | u v) = d(c) c(u v w) / c(u v)     where c(u v w) = c > 0
+               = alpha(u v) P(w | v)        otherwise, alpha such that the law sums to one; likewise P(w | v)
+
+with Good-Turing discounts d(1..k). A row holds the m most probable successors of a context under the full law, back-off
+included, and the mass left over, so that drafting is one probe per node.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from kernels.layout import MAX_PROBES, SuccessorTable
+from kernels.reference import hash_context
+
+FORMAT = "katz-trigram-1"
+
+
+def discounts(counts: np.ndarray, max_discounted: int = 5) -> np.ndarray:
+    """Katz's factors d(0..max_discounted) for n-gram ``counts``; larger counts are not discounted; d(0) is unused.
+
+    d(r) = (r*/r - A) / (1 - A) with r* = (r + 1) n(r+1) / n(r) and A = (k + 1) n(k+1) / n(1) (Katz 1987, eq. 15).
+    Where a count of counts is zero or a factor leaves (0, 1], all factors are (r - 1/2) / r instead.
+    """
+    k = max_discounted
+    n = np.bincount(np.minimum(counts, k + 2), minlength=k + 3).astype(np.float64)
+    r = np.arange(1, k + 1)
+    if n[1 : k + 2].all():
+        unseen = (k + 1) * n[k + 1] / n[1]
+        factors = ((r + 1) * n[r + 1] / (n[r] * r) - unseen) / (1 - unseen) if unseen != 1 else np.zeros(k)
+        if ((factors > 0) & (factors <= 1)).all():
+            return np.concatenate([[1.0], factors])
+    return np.concatenate([[1.0], (r - 0.5) / r])
+
+
+class _Order:
+    """The seen n-grams of one order, grouped by context: successors and discounted probabilities."""
+
+    def __init__(self, keys: np.ndarray, counts: np.ndarray, vocab_size: int, max_discounted: int):
+        contexts = keys // vocab_size
+        self.words = keys % vocab_size
+        self.contexts, self.starts, lengths = np.unique(contexts, return_index=True, return_counts=True)
+        self.ends = self.starts + lengths
+        self.totals = np.add.reduceat(counts, self.starts)
+        factors = discounts(counts, max_discounted)
+        discounted = counts * np.where(counts <= max_discounted, factors[np.minimum(counts, max_discounted)], 1.0)
+        self.probs = discounted / np.repeat(self.totals, lengths)
+
+    def seen(self, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """Successors of ``context`` and their probabilities; empty arrays for a context that never occurred."""
+        i = int(np.searchsorted(self.contexts, context))
+        if i == len(self.contexts) or self.contexts[i] != context:
+            return self.words[:0], self.probs[:0]
+        return self.words[self.starts[i] : self.ends[i]], self.probs[self.starts[i] : self.ends[i]]
+
+
+class KatzTrigram:
+    """The exact law. ``ids`` is a flat array of token ids in [0, vocab_size)."""
+
+    def __init__(self, ids: np.ndarray, vocab_size: int, max_discounted: int = 5):
+        if len(ids) < 3:
+            raise ValueError(f"at least 3 tokens are needed to estimate trigrams, got {len(ids)}")
+        if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+            raise ValueError(f"token ids must be in [0, {vocab_size}), got {int(ids.min())}..{int(ids.max())}")
+        ids = ids.astype(np.int64)
+        self.vocab_size = vocab_size
+        counts = np.bincount(ids, minlength=vocab_size) + 0.5
+        self.unigram = counts / counts.sum()  # [V], every token possible
+        pairs = ids[:-1] * vocab_size + ids[1:]
+        self._bigrams = _Order(*np.unique(pairs, return_counts=True), vocab_size, max_discounted)
+        triples = pairs[:-1] * vocab_size + ids[2:]
+        self._trigrams = _Order(*np.unique(triples, return_counts=True), vocab_size, max_discounted)
+
+    def bigram(self, last: int) -> np.ndarray:
+        """P(. | last), float64 [V]."""
+        return _back_off(*self._bigrams.seen(last), self.unigram)
+
+    def trigram(self, previous: int, last: int) -> np.ndarray:
+        """P(. | previous last), float64 [V]."""
+        return _back_off(*self._trigrams.seen(previous * self.vocab_size + last), self.bigram(last))
+
+    def bake(self, num_contexts: int = 65536, m: int = 16) -> SuccessorTable:
+        """The ``m`` best successors of every single token and of the ``num_contexts`` most frequent token pairs."""
+        if m < 1 or num_contexts < 0:
+            raise ValueError(f"m must be at least 1 and num_contexts at least 0, got {m} and {num_contexts}")
+        order, size = self._trigrams, self.vocab_size
+        chosen = np.argsort(-order.totals, kind="stable")[:num_contexts]
+        chosen = chosen[np.argsort(order.contexts[chosen] % size, kind="stable")]  # by last token: one bigram law each
+        groups = np.split(chosen, np.flatnonzero(np.diff(order.contexts[chosen] % size)) + 1) if len(chosen) else []
+        of_last = {int(order.contexts[group[0]] % size): group for group in groups}
+        singles, pairs, keys = [], [], []
+        for last in range(size):
+            lower = self.bigram(last)
+            singles.append(_top(lower[None], m))
+            if (group := of_last.get(last)) is not None:
+                seen = [
+                    (order.words[order.starts[i] : order.ends[i]], order.probs[order.starts[i] : order.ends[i]])
+                    for i in group
+                ]
+                pairs.append(_top(np.stack([_back_off(words, probs, lower) for words, probs in seen]), m))
+                keys.append(order.contexts[group])
+        tokens, log_probs, log_rest = (torch.cat(column) for column in zip(*singles, *pairs, strict=True))
+        keys = torch.from_numpy(np.concatenate(keys) if keys else np.empty(0, dtype=np.int64))
+        buckets, rows = _hash(keys, first_row=size)
+        return SuccessorTable(buckets, rows, tokens, log_probs, log_rest, size)
+
+
+def _back_off(words: np.ndarray, probs: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """Seen successors keep their discounted probability, the others share what is left in proportion to ``lower``."""
+    unseen_below = 1.0 - lower[words].sum()
+    left = 1.0 - probs.sum()
+    if unseen_below < 1e-12:  # every token the lower law allows was seen: nothing to share with
+        law = np.zeros_like(lower)
+        law[words] = probs / probs.sum()
+        return law
+    law = lower * (left / unseen_below)
+    law[words] = probs
+    return law
+
+
+def _top(laws: np.ndarray, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    best, tokens = torch.from_numpy(laws).topk(min(m, laws.shape[1]), dim=-1)
+    rest = (1.0 - best.sum(-1)).clamp(min=0.0)
+    return tokens.int(), best.log().float(), rest.log().float()
+
+
+def _hash(keys: torch.Tensor, first_row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Open-addressed table of ``keys`` int64 [n], key i standing for row ``first_row`` + i: buckets and their rows."""
+    num_buckets = max(16, 2 ** math.ceil(math.log2(2 * len(keys) + 1)))
+    while True:
+        buckets = torch.full((num_buckets,), -1, dtype=torch.int64)
+        rows = torch.zeros(num_buckets, dtype=torch.int32)
+        left = torch.arange(len(keys))
+        place = hash_context(keys, num_buckets)
+        for _ in range(MAX_PROBES):
+            empty = buckets[place[left]] < 0
+            buckets[place[left[empty]]] = keys[left[empty]]  # of several keys for one bucket, one stays
+            rows[place[left[empty]]] = first_row + left[empty].int()
+            taken = buckets[place[left]] == keys[left]
+            rows[place[left[taken]]] = first_row + left[taken].int()
+            left = left[~taken]
+            place[left] = (place[left] + 1) % num_buckets
+        if len(left) == 0:
+            return buckets, rows
+        num_buckets *= 2
+
+
+def save(table: SuccessorTable, directory: Path, notes: dict | None = None) -> None:
+    """Write ``table.safetensors`` and ``table.json``; ``notes`` say what the table was estimated from."""
+    directory.mkdir(parents=True, exist_ok=True)
+    narrow = torch.uint16 if table.vocab_size <= 65536 else torch.int32
+    tensors = {
+        "keys": table.keys,
+        "rows": table.rows,
+        "tokens": table.tokens.to(narrow),
+        "log_probs": table.log_probs.half(),
+        "log_rest": table.log_rest.half(),
+    }
+    save_file(tensors, directory / "table.safetensors")
+    card = {"format": FORMAT, "vocab_size": table.vocab_size, "rows": table.tokens.shape[0], **(notes or {})}
+    (directory / "table.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def load(directory: str | Path) -> SuccessorTable:
+    """Read what ``save`` wrote. Raises ValueError for a table that is missing, of another format or corrupted."""
+    directory = Path(directory)
+    try:
+        card = json.loads((directory / "table.json").read_text(encoding="utf-8"))
+        tensors = load_file(directory / "table.safetensors")
+    except Exception as error:
+        raise ValueError(f"no draft2 table can be read from {directory}: {error}") from error
+    if card.get("format") != FORMAT:
+        raise ValueError(f"{directory}: format must be {FORMAT!r}, got {card.get('format')!r}")
+    try:
+        table = SuccessorTable(
+            tensors["keys"],
+            tensors["rows"],
+            tensors["tokens"].int(),
+            tensors["log_probs"].float(),
+            tensors["log_rest"].float(),
+            int(card["vocab_size"]),
+        )
+        _check(table)
+    except (KeyError, AssertionError, TypeError) as error:
+        raise ValueError(f"{directory} is a corrupted draft2 table: {error}") from error
+    return table
+
+
+def _check(table: SuccessorTable) -> None:
+    num_rows, width = table.tokens.shape
+    assert table.keys.shape == table.rows.shape and table.keys.dtype == torch.int64, "keys and rows differ in length"
+    assert len(table.keys) & (len(table.keys) - 1) == 0, f"{len(table.keys)} buckets are not a power of two"
+    assert num_rows >= table.vocab_size, f"{num_rows} rows for {table.vocab_size} tokens"
+    assert table.log_probs.shape == (num_rows, width), f"log_probs has shape {tuple(table.log_probs.shape)}"
+    assert table.log_rest.shape == (num_rows,), f"log_rest has shape {tuple(table.log_rest.shape)}"
+    assert 0 <= int(table.tokens.min()) and int(table.tokens.max()) < table.vocab_size, "a token id is out of range"
+    assert 0 <= int(table.rows.min()) and int(table.rows.max()) < num_rows, "a row index is out of range"
+    for scores in (table.log_probs, table.log_rest):
+        assert not scores.isnan().any() and float(scores.max()) <= 1e-3, "a log-probability is NaN or positive"
+
+
+def main() -> None:
+    from tokenizers import Tokenizer
+
+    from model import corpus
+
+    parser = argparse.ArgumentParser(description="Estimate a draft2 table from the installed Python source.")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with the oracle's tokenizer.json")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--contexts", type=int, default=65536)
+    flags = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(flags.tokenizer / "tokenizer.json"))
+    ids = corpus.encode(tokenizer, corpus.collect(corpus.default_roots()).train)
+    table = KatzTrigram(ids, tokenizer.get_vocab_size()).bake(flags.contexts)
+    save(table, flags.out, {"estimated_from": "installed Python source", "tokens": len(ids)})
+    print(f"{table.tokens.shape[0]} rows from {len(ids) / 1e6:.1f} M tokens in {flags.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What a generation did, counted on committed tokens only: drafts beyond an eos or a stop string do not count."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.layout import Tree
+
+
+@dataclass
+class Iteration:
+    """One oracle pass. ``sources[i]`` is the stage of the i-th emitted token, the oracle's index for its own token;
+    ``tried[i]`` holds the stages that had proposed a continuation where that token was drawn."""
+
+    proposed: list[int]  # nodes of the oracle's pass per lower stage
+    tried: list[frozenset[int]]
+    sources: list[int]
+
+
+class Statistics:
+    """Counters of one generation; ``summary`` turns them into the figures that users see."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.iterations: list[Iteration] = []
+        self.seconds = 0.0
+
+    def record(self, tree: Tree, rows: torch.Tensor, accepted: torch.Tensor, emitted: list[int]) -> None:
+        """Count one verified tree: ``rows`` were in the oracle's pass, the walk took ``accepted``."""
+        oracle = len(self.names) - 1
+        nodes, walk = rows.tolist()[1:], [0, *accepted.tolist()]
+        source = dict(zip(nodes, tree.sources[nodes].tolist(), strict=True))
+        parent = dict(zip(nodes, tree.parents[nodes].tolist(), strict=True))
+        proposed = [0] * oracle
+        for node in nodes:
+            proposed[source[node]] += 1
+        tried = [frozenset(source[n] for n in nodes if parent[n] == visited) for visited in walk]
+        sources = [source[node] for node in walk[1:]] + [oracle]
+        self.iterations.append(Iteration(proposed, tried[: len(emitted)], sources[: len(emitted)]))
+
+    def truncate(self, num_dropped: int) -> None:
+        """Forget the last ``num_dropped`` tokens, a stop string cut them off; their passes stay counted."""
+        for iteration in reversed(self.iterations):
+            keep = max(0, len(iteration.sources) - num_dropped)
+            num_dropped -= len(iteration.sources) - keep
+            iteration.tried, iteration.sources = iteration.tried[:keep], iteration.sources[:keep]
+
+    @property
+    def token_stages(self) -> list[str]:
+        """Per new token, the name of the cheapest stage that had proposed it."""
+        return [self.names[source] for iteration in self.iterations for source in iteration.sources]
+
+    def summary(self, stages: list) -> dict:
+        """The public figures; ``stages`` are the stage objects in the order of ``names``.
+
+        Per stage: ``passes``; ``proposed`` and ``accepted`` nodes of the oracle's trees; ``acceptance_rate`` =
+        accepted / tried, where tried counts the nodes on the walks that had a child of this stage, and
+        ``acceptance_rate_per_position[i]`` the same at the i-th token of an iteration. ``mean_acceptance_length`` = tokens per
+        oracle pass, the oracle's own included. ``bytes_per_token`` is arithmetic: weights, K/V and table rows of all
+        stages' passes. Prefill is in the seconds, not in passes and bytes.
+        """
+        num_tokens = len(self.token_stages)
+        per_stage = {}
+        for index, stage in enumerate(stages):
+            per_stage[stage.name] = {"passes": stage.passes}
+            if index < len(stages) - 1:
+                per_stage[stage.name] |= self._acceptance(index)
+        seconds = {stage.name: stage.seconds for stage in stages}
+        return {
+            "stages": per_stage,
+            "mean_acceptance_length": num_tokens / max(1, stages[-1].passes),
+            "tokens_per_second": num_tokens / self.seconds if self.seconds else 0.0,
+            "seconds": seconds | {"host": self.seconds - sum(seconds.values()), "total": self.seconds},
+            "prefill_seconds": sum(getattr(stage, "prefill_seconds", 0.0) for stage in stages),
+            "bytes_per_token": sum(stage.bytes_moved for stage in stages) / max(1, num_tokens),
+        }
+
+    def _acceptance(self, index: int) -> dict:
+        proposed = sum(iteration.proposed[index] for iteration in self.iterations)
+        depth = max((len(iteration.sources) for iteration in self.iterations), default=0)
+        tried, taken = [0] * depth, [0] * depth
+        for iteration in self.iterations:
+            for i, (stages, source) in enumerate(zip(iteration.tried, iteration.sources, strict=True)):
+                tried[i] += index in stages
+                taken[i] += source == index
+        return {
+            "proposed": proposed,
+            "accepted": sum(taken),
+            "acceptance_rate": sum(taken) / max(1, sum(tried)),
+            "acceptance_rate_per_position": [a / t for a, t in zip(taken, tried, strict=True) if t],
+        }

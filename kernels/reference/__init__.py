@@ -1,0 +1,33 @@
+"""The torch specification of every operation, one name and signature per Triton kernel, and the CPU backend."""
+
+from kernels.reference.forward import (
+    embed,
+    layer_norm_linear,
+    layer_norm_qkv,
+    linear_residual,
+    lm_head,
+    path_slots,
+    tree_attention,
+)
+from kernels.reference.sampling import draw, gumbel_noise, hash_context, lookup, philox
+from kernels.reference.tree import insert_children, new_tree, reroot, select_nodes, verify
+
+__all__ = [
+    "draw",
+    "embed",
+    "gumbel_noise",
+    "hash_context",
+    "insert_children",
+    "layer_norm_linear",
+    "layer_norm_qkv",
+    "linear_residual",
+    "lm_head",
+    "lookup",
+    "new_tree",
+    "path_slots",
+    "philox",
+    "reroot",
+    "select_nodes",
+    "tree_attention",
+    "verify",
+]

@@ -1,0 +1,160 @@
+"""Torch twin of the sampler: one draw rule for every stage, greedy or not.
+
+    token = argmax over the survivors of  logits / temperature + gumbel(seed, position, token),  lowest id on ties
+
+The noise depends on nothing else, so every stage of a chain and plain decoding look at the same sample path. With the
+noise fixed, sampling is greedy decoding of perturbed scores, and a node's children are scored by
+``log softmax((logits / temperature + gumbel) / tau)``: the perturbed margin says how safe an edge is.
+"""
+
+import math
+
+import torch
+
+from kernels.layout import MAX_PROBES, Sampling, SuccessorTable
+
+_MASK = 0xFFFFFFFF
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+
+
+def philox(seed: int, counters: tuple[torch.Tensor, ...], rounds: int = 10) -> tuple[torch.Tensor, ...]:
+    """Philox4x32 (Salmon et al., SC'11): four counter words -> four random words, int64 tensors holding 32 bits.
+
+    ``seed`` is the 64-bit key, low word first.
+    """
+    c0, c1, c2, c3 = counters
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(rounds):
+        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B  # the low 64 bits are right even where int64 wraps
+        c0, c1 = ((product_b >> 32) & _MASK) ^ c1 ^ k0, product_b & _MASK
+        c2, c3 = ((product_a >> 32) & _MASK) ^ c3 ^ k1, product_a & _MASK
+        k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
+    return c0, c1, c2, c3
+
+
+def gumbel_noise(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise of drawing ``tokens`` at absolute ``positions`` (broadcast together): float32.
+
+    With u the first Philox word of counter (token, position, 0, 0) over 2^32, the noise is -log(-log(1 - u)). Large
+    noise comes from u near 0, where the words are 2^-32 apart, so that rare tokens are drawn at their rate.
+    """
+    token, position = torch.broadcast_tensors(tokens.long(), positions.long())
+    zero = torch.zeros_like(token)
+    word = philox(seed, (token, position, zero, zero))[0]
+    uniform = (word.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform)).float()
+
+
+def draw(
+    logits: torch.Tensor,  # [N, V]
+    positions: torch.Tensor,  # int32 [N], absolute position of the token being drawn
+    sampling: Sampling,
+    num_children: int = 0,
+    tau: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw each row's token and, for the next tree, its best children.
+
+    Returns tokens int32 [N], children int32 [N, m] by falling score with m = min(num_children, V), and their edge
+    scores float32 [N, m] (nats; -inf for a child that no filter lets through). A row with a NaN logit gives token -1.
+
+    Example: logits [0, 2, 1], greedy, two children, tau 1: token 1, children [1, 2], scores [-0.41, -1.41].
+    """
+    scores, ids = _candidates(logits.float(), sampling)
+    if sampling.noise:
+        scores = scores + gumbel_noise(sampling.seed, positions[:, None], ids)
+    best = scores.amax(-1, keepdim=True)
+    vocab_size = logits.shape[1]
+    tokens = torch.where(scores == best, ids, vocab_size).amin(-1)
+    tokens = torch.where(best.squeeze(-1).isnan(), -1, tokens).int()
+    width = min(num_children, vocab_size)
+    if width == 0:
+        empty = logits.new_empty(logits.shape[0], 0)
+        return tokens, empty.int(), empty.float()
+    scaled = scores / tau
+    top, index = scaled.topk(min(width, scaled.shape[1]), dim=-1)
+    children = ids.expand_as(scores).gather(1, index).int()
+    return tokens, children, top - scaled.logsumexp(-1, keepdim=True)
+
+
+def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores after temperature and filters (-inf = filtered), with their token ids: the whole vocabulary, or a fixed
+    number of the best where top-k leaves few survivors. Ids are int64 [1 or N, W]."""
+    everyone = torch.arange(logits.shape[1], device=logits.device)[None]
+    if not sampling.noise:
+        return logits, everyone
+    scores = logits / sampling.temperature
+    if not 0 < sampling.top_k < logits.shape[1]:
+        return _nucleus(scores, everyone, sampling), everyone
+    kth = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+    width = -(-sampling.top_k // 16) * 16 + 16  # room for ties at the k-th value, all of which survive
+    num_survivors = int((scores >= kth).sum(-1).max())
+    if num_survivors <= width < logits.shape[1] and not bool(kth.isnan().any()):
+        scores, ids = scores.topk(width, dim=-1)
+        ids, order = ids.sort(-1)
+        scores = scores.gather(1, order)
+    else:
+        ids = everyone
+    scores = scores.masked_fill(scores < kth, -math.inf)
+    return _nucleus(scores, ids, sampling), ids
+
+
+def _nucleus(scores: torch.Tensor, ids: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """top-p, then min-p, as Hugging Face defines them; equal scores are ordered by id, so ``ids`` must rise along a row.
+
+    Masses are summed best token first, so that a row's result does not depend on how many filtered tokens follow.
+    """
+    if sampling.top_p < 1.0:
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        mass = torch.exp(ordered - ordered[:, :1])
+        total = mass.cumsum(-1)
+        drop = total - mass >= sampling.top_p * total[:, -1:]
+        drop[:, 0] = False
+        scores = scores.masked_fill(drop.scatter(1, order, drop), -math.inf)
+    if sampling.min_p > 0.0:
+        floor = scores.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        scores = scores.masked_fill(scores < floor, -math.inf)
+    return scores
+
+
+def lookup(
+    table: SuccessorTable,
+    previous: torch.Tensor,  # int32 [N], the token before the last, -1 where there is none
+    last: torch.Tensor,  # int32 [N]
+    positions: torch.Tensor,  # int32 [N], absolute position of the token being drawn
+    sampling: Sampling,
+    num_children: int,
+    tau: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table's best children of each context and their edge scores: int32 [N, m], float32 [N, m].
+
+    A context of two tokens that the table does not hold falls back to the row of its last token. The scores are those
+    of ``draw``, with the mass outside the row as one more competitor, so that edges are not overrated.
+    """
+    row = _probe(table, previous, last)
+    ids, log_probs = table.tokens[row], table.log_probs[row]
+    scores, rest = log_probs / sampling.temperature, table.log_rest[row] / sampling.temperature
+    if sampling.noise:
+        scores = scores + gumbel_noise(sampling.seed, positions[:, None], ids)
+    scaled = torch.cat([scores, rest[:, None]], 1) / tau
+    top, index = scaled[:, :-1].topk(min(num_children, ids.shape[1]), dim=-1)
+    return ids.gather(1, index), top - scaled.logsumexp(-1, keepdim=True)
+
+
+def _probe(table: SuccessorTable, previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Row of each context, by linear probing from ``hash_context``."""
+    row = last.long()
+    key = previous.long() * table.vocab_size + row
+    bucket = hash_context(key, table.keys.shape[0])
+    searching = previous >= 0
+    for _ in range(MAX_PROBES):
+        found = searching & (table.keys[bucket] == key)
+        row = torch.where(found, table.rows[bucket].long(), row)
+        searching = searching & ~found
+        bucket = (bucket + 1) % table.keys.shape[0]
+    return row
+
+
+def hash_context(key: torch.Tensor, num_buckets: int) -> torch.Tensor:
+    """First bucket of int64 ``key`` in a table of ``num_buckets`` (a power of two): Fibonacci hashing, 32 bits."""
+    return ((key * (0x9E3779B97F4A7C15 - 2**64) >> 32) & _MASK) % num_buckets

@@ -1,0 +1,163 @@
+"""Torch twins of the tree operations. Trees are small, so the twins walk them in numpy on the host.
+
+Every function changes the ``Tree`` it is given in place. Order is always (path score falling, index rising); since a
+child's path score never exceeds its parent's and its index is higher, a parent always comes before its child.
+"""
+
+import numpy as np
+import torch
+
+from kernels.layout import DEPTH_LIMIT, Tree
+
+
+def new_tree(capacity: int, device: torch.device | str = "cpu") -> Tree:
+    """An empty tree with room for ``capacity`` nodes."""
+    integers = {"dtype": torch.int32, "device": device}
+    floats = {"dtype": torch.float32, "device": device}
+    return Tree(
+        tokens=torch.full((capacity,), -1, **integers),
+        parents=torch.full((capacity,), -1, **integers),
+        depths=torch.zeros(capacity, **integers),
+        edge_scores=torch.zeros(capacity, **floats),
+        path_scores=torch.zeros(capacity, **floats),
+        sources=torch.zeros(capacity, **integers),
+        scored=torch.full((capacity,), -1, **integers),
+        paths=torch.full((capacity, DEPTH_LIMIT + 1), -1, **integers),
+        num_nodes=torch.zeros(1, **integers),
+    )
+
+
+def select_nodes(tree: Tree, stage: int, width: int, max_depth: int) -> torch.Tensor:
+    """The ``width`` best nodes that ``stage`` has not scored, by path score: int32 [<= width], rising.
+
+    Nodes deeper than ``max_depth`` and nodes below a rejected edge (score -inf) are never taken. What is returned
+    together with what ``stage`` has scored is closed under taking parents.
+    """
+    n = int(tree.num_nodes)
+    scores = tree.path_scores[:n].numpy()
+    free = (tree.scored[:n].numpy() < stage) & (tree.depths[:n].numpy() <= max_depth) & (scores > -np.inf)
+    nodes = np.flatnonzero(free)
+    best = nodes[np.argsort(-scores[nodes], kind="stable")[:width]]
+    return torch.from_numpy(np.sort(best).astype(np.int32))
+
+
+def insert_children(
+    tree: Tree,
+    stage: int,
+    nodes: torch.Tensor,  # int32 [n], the nodes that ``stage`` has just scored
+    children: torch.Tensor,  # int32 [n, m]
+    scores: torch.Tensor,  # float32 [n, m], edge scores, -inf = no child
+    max_depth: int,
+) -> None:
+    """Give each node the children that ``stage`` ranks best.
+
+    A child that a lower stage had guessed keeps its index and its subtree and takes the new edge score; a guess that
+    the stage does not rank is rejected (edge score -inf, and so is its subtree). Path scores of all descendants follow.
+    When the tree is full, further children are dropped.
+    """
+    n = count = int(tree.num_nodes)
+    tokens, parents, depths = tree.tokens.numpy(), tree.parents.numpy(), tree.depths.numpy()
+    edges, sources, paths = tree.edge_scores.numpy(), tree.sources.numpy(), tree.paths.numpy()
+    nodes = nodes.numpy()
+    tree.scored.numpy()[nodes] = stage
+    guessed = np.flatnonzero(np.isin(parents[:n], nodes))
+    index_of = {(int(parents[i]), int(tokens[i])): int(i) for i in guessed}
+    edges[guessed] = -np.inf
+    for node, row, row_scores in zip(nodes.tolist(), children.tolist(), scores.tolist(), strict=True):
+        if depths[node] >= max_depth:
+            continue
+        for token, score in zip(row, row_scores, strict=True):
+            if score == -np.inf:
+                continue
+            index = index_of.get((node, token))
+            if index is None:
+                if count == len(tokens):
+                    continue
+                index, count = count, count + 1
+                tokens[index], parents[index], depths[index] = token, node, depths[node] + 1
+                sources[index] = stage
+                tree.scored[index] = -1
+                paths[index] = paths[node]
+                paths[index, depths[index]] = index
+            edges[index] = score
+            sources[index] = min(sources[index], stage)
+    tree.num_nodes[0] = count
+    _sum_paths(tree)
+
+
+def _sum_paths(tree: Tree) -> None:
+    n = int(tree.num_nodes)
+    parents, depths = tree.parents.numpy()[:n], tree.depths.numpy()[:n]
+    edges, sums = tree.edge_scores.numpy()[:n], tree.path_scores.numpy()[:n]
+    for depth in range(1, int(depths.max(initial=0)) + 1):
+        level = np.flatnonzero(depths == depth)
+        sums[level] = sums[parents[level]] + edges[level]
+
+
+def verify(
+    tree: Tree,
+    rows: torch.Tensor,  # int32 [n], the nodes of the oracle's pass, root first, parents before children
+    drawn: torch.Tensor,  # int32 [n], the oracle's token at each of them
+    max_accepted: int,
+    eos_token_ids: tuple[int, ...],
+) -> tuple[torch.Tensor, int, bool]:
+    """Walk from the root to the child whose token equals the drawn one; stop where there is none.
+
+    Returns the accepted nodes int32 [a] (root excluded, a <= max_accepted), the token drawn at the end of the walk, and
+    whether the emitted run ``tokens[accepted] + [next_token]`` ends early because an accepted node is an end-of-text
+    token: then that node is the last accepted one and the next token is not part of the run.
+
+    Example: root 0 with children 1 ("a") and 2 ("b"), 3 ("c") below 1; drawn "a", "c", "x", "y" at 0, 1, 2, 3: the walk
+    goes 0 -> 1 -> 3, accepted [1, 3], next token "y".
+    """
+    tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
+    drawn_at = dict(zip(rows.tolist(), drawn.tolist(), strict=True))
+    child_of = {(int(parents[i]), int(tokens[i])): i for i in drawn_at if i != 0}
+    node, accepted, ended = 0, [], False
+    while len(accepted) < max_accepted and not ended:
+        child = child_of.get((node, drawn_at[node]))
+        if child is None:
+            break
+        node = child
+        accepted.append(child)
+        ended = int(tokens[child]) in eos_token_ids
+    return torch.tensor(accepted, dtype=torch.int32), drawn_at[node], ended
+
+
+def reroot(tree: Tree, last_accepted: int, next_token: int) -> torch.Tensor:
+    """Make ``next_token`` below node ``last_accepted`` the root; keep the subtree that lower stages have built there.
+
+    Returns the old index of every node of the new tree, int32 [num_nodes]; -1 for a root that no stage had proposed.
+    """
+    n = int(tree.num_nodes)
+    parents, scores = tree.parents.numpy()[:n], tree.path_scores.numpy()[:n]
+    below = np.flatnonzero((parents == last_accepted) & (tree.tokens.numpy()[:n] == next_token))
+    inside = np.zeros(n, dtype=bool)
+    inside[below] = True
+    kept = [int(below[0])] if len(below) else [-1]
+    for node in range(kept[0] + 1, n) if len(below) else ():
+        if inside[parents[node]] and scores[node] > -np.inf:
+            inside[node] = True
+            kept.append(node)
+    old = np.array(kept, dtype=np.int32)
+    count = len(old)
+    if len(below):
+        renamed = np.full(n + 1, -1, dtype=np.int32)
+        renamed[old] = np.arange(count, dtype=np.int32)
+        depth = int(tree.depths[old[0]])
+        for column in (tree.tokens, tree.depths, tree.edge_scores, tree.sources, tree.scored):
+            column.numpy()[:count] = column.numpy()[old]
+        tree.depths[:count] -= depth
+        tree.parents.numpy()[:count] = renamed[parents[old]]
+        shifted = np.full((count, DEPTH_LIMIT + 1), -1, dtype=np.int32)
+        shifted[:, : DEPTH_LIMIT + 1 - depth] = renamed[tree.paths.numpy()[old][:, depth:]]
+        tree.paths.numpy()[:count] = shifted
+    else:
+        tree.tokens[0], tree.scored[0] = next_token, -1
+        tree.paths[0] = -1
+        tree.paths[0, 0] = 0
+    tree.parents[0], tree.depths[0] = -1, 0
+    tree.edge_scores[0] = tree.path_scores[0] = 0.0
+    tree.num_nodes[0] = count
+    _sum_paths(tree)
+    return torch.from_numpy(old)

@@ -1,0 +1,120 @@
+"""GPT-2's forward pass over flat query rows and a paged KV cache: straight-line code over the fused operations."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from model.config import GPT2Config
+from model.kv_cache import PagedKVCache
+from model.weights import GPT2Weights
+
+PREFILL_CHUNK = 128  # rows of a prefill pass: bounds the memory of long prompts
+
+
+class Query(NamedTuple):
+    """The rows of one pass: int32, flat, on the model's device."""
+
+    tokens: torch.Tensor  # [N]
+    positions: torch.Tensor  # [N], absolute
+    sequences: torch.Tensor  # [N], which page table row resolves the committed positions
+    slot_mapping: torch.Tensor  # [N], where this row's K/V goes, -1 = nowhere
+    paths: torch.Tensor  # [N, DEPTH_LIMIT + 1], node ids, root first; unused for committed positions
+    node_slots: torch.Tensor  # [nodes], where each tree node's K/V lies
+
+
+class GPT2:
+    """A GPT-2 whose every operation comes from ``ops`` (``kernels.reference`` or its Triton counterpart)."""
+
+    def __init__(self, config: GPT2Config, weights: GPT2Weights, ops: ModuleType):
+        self.config, self.weights, self.ops = config, weights, ops
+        self.dtype, self.device = weights.wte.dtype, weights.wte.device
+
+    def new_cache(self, num_pages: int, page_size: int = 1, num_sequences: int = 1) -> PagedKVCache:
+        """An empty cache for this model with ``num_pages`` usable pages of ``page_size`` tokens."""
+        config = self.config
+        return PagedKVCache(
+            config.n_layer,
+            config.n_head,
+            config.head_dim,
+            config.n_positions,
+            num_pages,
+            page_size,
+            num_sequences,
+            self.dtype,
+            self.device,
+        )
+
+    @torch.inference_mode()
+    def forward(self, query: Query, cache: PagedKVCache) -> torch.Tensor:
+        """Write the rows' K/V into their slots and return the last hidden states [N, C], before the final norm.
+
+        A row attends to the committed positions below its own (``cache.cached_len``, the rows of this pass that were
+        appended included) and to the nodes of its path. Row r's result depends on its own path alone, bit for bit.
+        """
+        ops, config, weights = self.ops, self.config, self.weights
+        committed = torch.tensor(cache.cached_len, dtype=torch.int32, device=self.device)
+        table, size = cache.page_table, cache.page_size
+        tail_slots = ops.path_slots(
+            table, size, committed, query.sequences, query.positions, query.paths, query.node_slots
+        )
+        eps = config.layer_norm_epsilon
+        x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe)  # [N, C]
+        for i, layer in enumerate(weights.layers):
+            k, v = cache.k[i], cache.v[i]
+            q = ops.layer_norm_qkv(
+                x,
+                layer.ln_1_weight,
+                layer.ln_1_bias,
+                eps,
+                layer.c_attn_weight,
+                layer.c_attn_bias,
+                k,
+                v,
+                query.slot_mapping,
+            )
+            mixed = ops.tree_attention(
+                q, k, v, table, size, query.sequences, query.positions, tail_slots, config.attention_scale(i)
+            )
+            x = ops.linear_residual(mixed, layer.attn_c_proj_weight, layer.attn_c_proj_bias, x)
+            h = ops.layer_norm_linear(
+                x, layer.ln_2_weight, layer.ln_2_bias, eps, layer.c_fc_weight, layer.c_fc_bias, config.activation
+            )
+            x = ops.linear_residual(h, layer.mlp_c_proj_weight, layer.mlp_c_proj_bias, x)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token logits [N, V] of hidden states [N, C], in the model's dtype."""
+        weights = self.weights
+        eps = self.config.layer_norm_epsilon
+        return self.ops.lm_head(hidden, weights.ln_f_weight, weights.ln_f_bias, eps, weights.lm_head)
+
+    def append(self, tokens: list[int], cache: PagedKVCache, sequence: int = 0) -> torch.Tensor:
+        """Commit ``tokens`` to ``cache`` in one pass: hidden states [n, C]."""
+        start = cache.cached_len[sequence]
+        slots = cache.append(len(tokens), sequence)
+        positions = torch.arange(start, start + len(tokens), dtype=torch.int32)
+        return self.forward(self.committed_rows(tokens, positions, slots, sequence), cache)
+
+    def committed_rows(
+        self, tokens: list[int], positions: torch.Tensor, slots: torch.Tensor, sequence: int = 0
+    ) -> Query:
+        """A query of rows at committed positions, which need no paths."""
+        n = len(tokens)
+        put = {"dtype": torch.int32, "device": self.device}
+        return Query(
+            tokens=torch.tensor(tokens, **put),
+            positions=positions.to(self.device),
+            sequences=torch.full((n,), sequence, **put),
+            slot_mapping=slots.to(self.device),
+            paths=torch.zeros(n, 1, **put),
+            node_slots=torch.zeros(1, **put),
+        )
+
+    def prefill(
+        self, tokens: list[int], cache: PagedKVCache, sequence: int = 0, chunk: int = PREFILL_CHUNK
+    ) -> torch.Tensor:
+        """Commit any number of ``tokens`` in passes of at most ``chunk`` rows; hidden states [n, C] of all of them."""
+        parts = [self.append(tokens[i : i + chunk], cache, sequence) for i in range(0, len(tokens), chunk)]
+        return torch.cat(parts)

@@ -1,0 +1,210 @@
+"""Load GPT-2 weights: a directory that ``save_pretrained`` wrote, a hub id, or a model in memory. Strict by design."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from model.config import GPT2Config
+
+# Buffers that old checkpoints carry: causal masks, not weights.
+_MASKS = (".attn.bias", ".attn.masked_bias")
+_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer block; matrices are [out, in], the transpose of the checkpoint's."""
+
+    ln_1_weight: torch.Tensor  # [C]
+    ln_1_bias: torch.Tensor  # [C]
+    c_attn_weight: torch.Tensor  # [3 C, C]
+    c_attn_bias: torch.Tensor  # [3 C]
+    attn_c_proj_weight: torch.Tensor  # [C, C]
+    attn_c_proj_bias: torch.Tensor  # [C]
+    ln_2_weight: torch.Tensor  # [C]
+    ln_2_bias: torch.Tensor  # [C]
+    c_fc_weight: torch.Tensor  # [I, C]
+    c_fc_bias: torch.Tensor  # [I]
+    mlp_c_proj_weight: torch.Tensor  # [C, I]
+    mlp_c_proj_bias: torch.Tensor  # [C]
+
+
+@dataclass(frozen=True)
+class GPT2Weights:
+    """All tensors of a GPT-2 on one device in one dtype."""
+
+    wte: torch.Tensor  # [V, C]
+    wpe: torch.Tensor  # [n_positions, C]
+    layers: tuple[Layer, ...]
+    ln_f_weight: torch.Tensor  # [C]
+    ln_f_bias: torch.Tensor  # [C]
+    lm_head: torch.Tensor  # [V, C], wte itself where the head is tied
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.wte, self.wpe, self.ln_f_weight, self.ln_f_bias)
+        if self.lm_head is not self.wte:
+            yield self.lm_head
+        for layer in self.layers:
+            yield from vars(layer).values()
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors())
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes of weights that one pass streams: all but the embedding rows it does not look up."""
+        streamed = self.num_parameters - self.wpe.numel()
+        if self.lm_head is not self.wte:
+            streamed -= self.wte.numel()
+        return streamed * self.wte.element_size()
+
+
+def locate(source: str | Path) -> Path:
+    """The local directory of a checkpoint: ``source`` itself, or the snapshot of a hub id (downloaded if need be)."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or str(source).startswith((".", "/", "~")):
+        raise ValueError(f"{source} is not a directory with a GPT-2 checkpoint")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=_FILES + _TOKENIZER_FILES))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{source!r} is neither a local directory nor a reachable hub id: {reason}") from error
+
+
+def load(source: Any, dtype: torch.dtype, device: torch.device | str) -> tuple[GPT2Config, GPT2Weights]:
+    """Config and weights of ``source``: a directory, or a ``GPT2LMHeadModel`` in memory (anything with ``state_dict``).
+
+    Raises ValueError for a config the forward pass does not compute and for missing, unexpected, misshapen or
+    non-finite weights, naming the tensor.
+    """
+    if hasattr(source, "state_dict"):
+        config = GPT2Config.from_hf(source.config.to_dict())
+        return config, from_state_dict(config, source.state_dict(), dtype, device)
+    config = GPT2Config.from_hf(_read_json(source / "config.json"))
+    generation = source / "generation_config.json"
+    if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
+        config = GPT2Config(**{**vars(config), "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,)})
+    return config, from_state_dict(config, _read_tensors(source), dtype, device)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(_read_json(index)["weight_map"].values())
+        files = [directory / name for name in sorted(names)]
+    elif len(files) > 1:
+        raise ValueError(f"{directory} holds {len(files)} safetensors files and no model.safetensors.index.json")
+    if not files:
+        raise ValueError(f"{directory} holds no model.safetensors")
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                tensors.update({key: reader.get_tensor(key) for key in reader.keys()})
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+    return tensors
+
+
+def from_state_dict(
+    config: GPT2Config, state: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device | str
+) -> GPT2Weights:
+    """Check a state dict against ``config`` and bring it into our layout. Raises ValueError as ``load`` does."""
+    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items() if not name.endswith(_MASKS)}
+    head = state.pop("lm_head.weight", None)
+    shapes = _expected_shapes(config)
+    if missing := sorted(shapes.keys() - state.keys()):
+        raise ValueError(f"{len(missing)} weights are missing, first {missing[0]!r}")
+    if unexpected := sorted(state.keys() - shapes.keys()):
+        raise ValueError(f"{len(unexpected)} weights are unexpected, first {unexpected[0]!r}")
+    for name, shape in shapes.items():
+        _check_tensor(name, state[name], shape)
+
+    def put(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(device=device, dtype=dtype).contiguous()
+
+    def layer(i: int) -> Layer:
+        return Layer(
+            ln_1_weight=put(state[f"h.{i}.ln_1.weight"]),
+            ln_1_bias=put(state[f"h.{i}.ln_1.bias"]),
+            c_attn_weight=put(state[f"h.{i}.attn.c_attn.weight"].t()),
+            c_attn_bias=put(state[f"h.{i}.attn.c_attn.bias"]),
+            attn_c_proj_weight=put(state[f"h.{i}.attn.c_proj.weight"].t()),
+            attn_c_proj_bias=put(state[f"h.{i}.attn.c_proj.bias"]),
+            ln_2_weight=put(state[f"h.{i}.ln_2.weight"]),
+            ln_2_bias=put(state[f"h.{i}.ln_2.bias"]),
+            c_fc_weight=put(state[f"h.{i}.mlp.c_fc.weight"].t()),
+            c_fc_bias=put(state[f"h.{i}.mlp.c_fc.bias"]),
+            mlp_c_proj_weight=put(state[f"h.{i}.mlp.c_proj.weight"].t()),
+            mlp_c_proj_bias=put(state[f"h.{i}.mlp.c_proj.bias"]),
+        )
+
+    wte = put(state["wte.weight"])
+    return GPT2Weights(
+        wte=wte,
+        wpe=put(state["wpe.weight"]),
+        layers=tuple(layer(i) for i in range(config.n_layer)),
+        ln_f_weight=put(state["ln_f.weight"]),
+        ln_f_bias=put(state["ln_f.bias"]),
+        lm_head=_head(config, head, state["wte.weight"], wte, put),
+    )
+
+
+def _head(config, head, wte_source, wte, put) -> torch.Tensor:
+    if config.tie_word_embeddings:
+        if head is not None and not torch.equal(head, wte_source):
+            raise ValueError("lm_head.weight differs from wte.weight although the config says tie_word_embeddings")
+        return wte
+    if head is None:
+        raise ValueError("1 weights are missing, first 'lm_head.weight'")
+    _check_tensor("lm_head.weight", head, (config.vocab_size, config.n_embd))
+    return put(head)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the config asks for {shape}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def _expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    width, inner = config.n_embd, config.n_inner
+    shapes = {
+        "wte.weight": (config.vocab_size, width),
+        "wpe.weight": (config.n_positions, width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
+    for i in range(config.n_layer):
+        shapes |= {f"h.{i}.{norm}.{kind}": (width,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
+        for matrix, (rows, columns) in {
+            "attn.c_attn": (width, 3 * width),
+            "attn.c_proj": (width, width),
+            "mlp.c_fc": (width, inner),
+            "mlp.c_proj": (inner, width),
+        }.items():
+            shapes[f"h.{i}.{matrix}.weight"] = (rows, columns)
+            shapes[f"h.{i}.{matrix}.bias"] = (columns,)
+    return shapes
