@@ -1,7 +1,6 @@
 """The public entry point: load a chain of stages, generate text that is exactly the oracle's own."""
 
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,7 @@ class StagedDecoder:
         limits = Limits(max_new_tokens, self._eos(eos_token_id, ignore_eos), _as_tuple(stop_strings))
         if limits.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need a tokenizer, and the oracle was loaded without one")
-        config = self._speculation(method, speculation)
+        config = self.plan(method) if speculation is None else speculation
         lower = [self._stage(name) for name in config.stages]
         generation = Generation(lower, self.oracle, prompt_ids, sampling.with_seed(seed), limits, config)
         return self._drain(generation, prompt_ids, seed, limits.stop_strings, streamer)
@@ -144,7 +143,7 @@ class StagedDecoder:
         )
 
     def encode(self, prompt: str | list[int] | torch.Tensor) -> list[int]:
-        """Token ids of ``prompt``, checked. Raises ValueError for an empty or too long prompt and for ids out of range."""
+        """Token ids of ``prompt``. Raises ValueError for an empty or too long prompt and for ids out of range."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the oracle was loaded without a tokenizer: pass token ids, not text")
@@ -184,13 +183,14 @@ class StagedDecoder:
             f"this decoder has no stage {name!r}, only {[stage.name for stage in self.lower]} and the oracle"
         )
 
-    def _speculation(self, method: str | None, speculation: SpeculationConfig | None) -> SpeculationConfig:
+    def plan(self, method: str | None = None) -> SpeculationConfig:
+        """The default tree shape of ``method`` (None: the fullest available) with this decoder's stages.
+
+        Raises ValueError for an unknown method and for one whose stage is missing.
+        """
         if method is not None and method not in METHODS:
             raise ValueError(f"method must be one of {METHODS} or None, got {method!r}")
-        if speculation is not None:
-            return speculation
-        names = [stage.name for stage in self.lower]
-        return default_speculation(method, names)
+        return default_speculation(method, [stage.name for stage in self.lower])
 
 
 def _load_stage(name: str, source: Any, chosen: runtime.Runtime, page_size: int):

@@ -114,7 +114,7 @@ class KatzTrigram:
 def _back_off(words: np.ndarray, probs: np.ndarray, lower: np.ndarray) -> np.ndarray:
     """Seen successors keep their discounted probability, the others share what is left in proportion to ``lower``."""
     unseen_below = 1.0 - lower[words].sum()
-    left = 1.0 - probs.sum()
+    left = max(0.0, 1.0 - probs.sum())  # rounding must not make a back-off weight negative
     if unseen_below < 1e-12:  # every token the lower law allows was seen: nothing to share with
         law = np.zeros_like(lower)
         law[words] = probs / probs.sum()
@@ -199,8 +199,8 @@ def _check(table: SuccessorTable) -> None:
     assert num_rows >= table.vocab_size, f"{num_rows} rows for {table.vocab_size} tokens"
     assert table.log_probs.shape == (num_rows, width), f"log_probs has shape {tuple(table.log_probs.shape)}"
     assert table.log_rest.shape == (num_rows,), f"log_rest has shape {tuple(table.log_rest.shape)}"
-    assert 0 <= int(table.tokens.min()) and int(table.tokens.max()) < table.vocab_size, "a token id is out of range"
-    assert 0 <= int(table.rows.min()) and int(table.rows.max()) < num_rows, "a row index is out of range"
+    assert int(table.tokens.min()) >= 0 and int(table.tokens.max()) < table.vocab_size, "a token id is out of range"
+    assert int(table.rows.min()) >= 0 and int(table.rows.max()) < num_rows, "a row index is out of range"
     for scores in (table.log_probs, table.log_rest):
         assert not scores.isnan().any() and float(scores.max()) <= 1e-3, "a log-probability is NaN or positive"
 

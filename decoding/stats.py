@@ -55,9 +55,9 @@ class Statistics:
 
         Per stage: ``passes``; ``proposed`` and ``accepted`` nodes of the oracle's trees; ``acceptance_rate`` =
         accepted / tried, where tried counts the nodes on the walks that had a child of this stage, and
-        ``acceptance_rate_per_position[i]`` the same at the i-th token of an iteration. ``mean_acceptance_length`` = tokens per
-        oracle pass, the oracle's own included. ``bytes_per_token`` is arithmetic: weights, K/V and table rows of all
-        stages' passes. Prefill is in the seconds, not in passes and bytes.
+        ``acceptance_rate_per_position[i]`` the same at the i-th token of an iteration. ``mean_acceptance_length`` =
+        tokens per oracle pass, the oracle's own included. ``bytes_per_token`` is arithmetic: weights, K/V and table
+        rows of all stages' passes. Prefill is in the seconds, not in passes and bytes.
         """
         num_tokens = len(self.token_stages)
         per_stage = {}

@@ -35,7 +35,7 @@ def require_same_tokens(name: str, one: Tokenizer, other_name: str, other: Token
 
 
 def find_stop(tokenizer: Tokenizer, token_ids: list[int], stop_strings: tuple[str, ...]) -> tuple[int, str] | None:
-    """The first stop string in the text of ``token_ids``: (number of tokens whose text ends before it, text before it)."""
+    """The first stop string in the tokens' text: (number of tokens whose text ends before it, text before it)."""
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     starts = [start for stop in stop_strings if (start := text.find(stop)) >= 0]
     if not starts:

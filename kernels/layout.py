@@ -30,9 +30,9 @@ def shared_end(positions: torch.Tensor) -> torch.Tensor:
 class Tree(NamedTuple):
     """A token tree of fixed capacity M. Node 0 is the root; a parent has a lower index than its children.
 
-    ``edge_scores`` are log-probabilities (nats, <= 0) of a node given its parent, from the highest stage that scored the
-    parent; ``path_scores`` are their sums from the root. ``sources`` is the index of the cheapest stage that proposed
-    the node. ``paths`` holds each node's ancestors, root first, itself last, then -1.
+    ``edge_scores`` are log-probabilities (nats, <= 0) of a node given its parent, from the highest stage that scored
+    the parent; ``path_scores`` are their sums from the root. ``sources`` is the index of the cheapest stage that
+    proposed the node. ``paths`` holds each node's ancestors, root first, itself last, then -1.
     """
 
     tokens: torch.Tensor  # int32 [M]

@@ -1,8 +1,8 @@
 """Paged KV cache: who owns which page, and where every committed position and every tree node keeps its K/V.
 
-Bookkeeping lives on the host. Positions of a sequence are contiguous from 0 and found through its page table. Tree nodes
-get slots of their own (``reserve``) that are either turned into the next positions (``commit``) or given back
-(``release``). With one token per page a commit relinks the page and moves nothing; with larger pages the row is moved.
+Bookkeeping lives on the host. Positions of a sequence are contiguous from 0 and found through its page table. Tree
+nodes get slots of their own (``reserve``) that are either turned into the next positions (``commit``) or given back
+(``release``). With one token per page a commit relinks the page and moves nothing; with larger pages it moves rows.
 """
 
 import torch

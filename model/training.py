@@ -3,9 +3,9 @@
     python -m model.training --out DIR --layers 6 --width 256 --minutes 45                  # tokenizer and oracle
     python -m model.training --out DIR --layers 2 --width 128 --minutes 20 --teacher ORACLE  # draft
 
-The module trains transformers' ``GPT2LMHeadModel`` (a well-kept library is better than our own backward pass) and writes
-what ``save_pretrained`` writes. Hidden matrices are updated by Muon, everything else by AdamW. The first part of the
-budget uses short windows at random positions, so that every position embedding is trained while attention is cheap;
+The module trains transformers' ``GPT2LMHeadModel`` (a well-kept library is better than our own backward pass) and
+writes what ``save_pretrained`` writes. Hidden matrices are updated by Muon, everything else by AdamW. The first part of
+the budget uses short windows at random positions, so that every position embedding is trained while attention is cheap;
 the last part uses windows of the full context.
 """
 

@@ -121,7 +121,8 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as reader:
-                tensors.update({key: reader.get_tensor(key) for key in reader.keys()})
+                for name in list(reader.keys()):
+                    tensors[name] = reader.get_tensor(name)
         except Exception as error:
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
     return tensors

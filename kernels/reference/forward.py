@@ -13,6 +13,8 @@ from kernels.layout import NULL_PAGE, ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, shar
 
 # Below this many elements torch runs an element-wise call on one thread, without a tail at a thread's border.
 _SERIAL_ELEMENTS = 32768
+_TAIL_ROWS = 4  # the tail's batched products run on a multiple of this many rows, so never on a batch of one
+_DEAD = float("-inf")
 _ACTIVATIONS = {
     None: None,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -98,7 +100,7 @@ def tree_attention(
     """Each row attends to its own path: softmax(q k / sqrt(D)) v -> [N, H * D], sums in float32.
 
     Work is cut into blocks of ROW_BLOCK rows. The maximum over all keys is exact in any order; the weighted sums are
-    taken window by window in position order, then the tail. Dead lanes have weight zero and finite values.
+    taken window by window in position order, then the tail. A dead lane has weight zero and reads finite values.
     """
     num_rows, heads, dim = q.shape
     out = q.new_empty(num_rows, heads * dim)
@@ -107,61 +109,58 @@ def tree_attention(
         block = _attention_block(
             q[rows], k_cache, v_cache, page_table, page_size, sequences[rows], positions[rows], tail_slots[rows], scale
         )
-        out[rows] = block[: rows.stop - start].flatten(1)
+        out[rows] = block.flatten(1)
     return out
 
 
 def _attention_block(q, k_cache, v_cache, page_table, page_size, sequences, positions, tail_slots, scale):
-    live, (heads, dim) = q.shape[0], q.shape[1:]
-    queries = q.new_zeros(ROW_BLOCK, heads, dim, dtype=torch.float32)
-    queries[:live] = q
-    queries *= scale
-    ends = positions.new_zeros(ROW_BLOCK)
-    ends[:live] = shared_end(positions)
-    by_head = queries.transpose(0, 1).contiguous()  # [H, 16, D]
+    """At most ROW_BLOCK rows: [n, H, D] in q's dtype."""
+    live, heads, dim = q.shape
+    rows = -(-live // _TAIL_ROWS) * _TAIL_ROWS
+    queries = F.pad(q.float() * scale, (0, 0, 0, 0, 0, rows - live))  # [rows, H, D]
+    slots = F.pad(tail_slots, (0, 0, 0, rows - live), value=NULL_PAGE)
+    keys = k_cache[slots].float().transpose(1, 2)  # [rows, H, TAIL_LANES, D]
+    tail = torch.bmm(queries.view(-1, 1, dim), keys.flatten(0, 1).transpose(1, 2)).view(rows, heads, -1)
+    tail.masked_fill_((slots < page_size)[:, None], _DEAD)
+    maximum = tail.amax(-1)  # [rows, H]
 
-    scores, values = [], []  # one entry per window, [H, 16, keys] and [H, keys, D]
+    windows = []  # scores [H, ROW_BLOCK, keys] and slots [keys], in position order
+    ends = shared_end(positions)
+    if int(ends.max()) > 0:
+        padding = ROW_BLOCK - live
+        by_head = F.pad(queries[:live], (0, 0, 0, 0, 0, padding)).transpose(0, 1).contiguous()  # [H, ROW_BLOCK, D]
+        windows = list(_shared_scores(by_head, k_cache, page_table, page_size, F.pad(sequences, (0, padding)), ends))
+        for scores, _ in windows:
+            maximum = torch.maximum(maximum, scores.amax(-1).t()[:rows])
+    total = torch.zeros_like(maximum)
+    mixed = torch.zeros_like(queries)
+    for scores, window_slots in windows:
+        weights = F.pad(maximum, (0, 0, 0, ROW_BLOCK - rows)).t()[..., None]
+        weights = torch.exp(scores - weights)  # [H, ROW_BLOCK, keys]
+        total += weights.sum(-1).t()[:rows]
+        values = v_cache[window_slots].float().transpose(0, 1)
+        mixed += torch.bmm(weights, values).transpose(0, 1)[:rows]
+    weights = torch.exp(tail - maximum[..., None])
+    total += weights.sum(-1)
+    values = v_cache[slots].float().transpose(1, 2)
+    mixed += torch.bmm(weights.view(-1, 1, TAIL_LANES), values.flatten(0, 1)).view_as(mixed)
+    return (mixed / total[..., None])[:live].to(q.dtype)
+
+
+def _shared_scores(by_head, k_cache, page_table, page_size, sequences, ends):
+    """Scores of every window of every sequence, dead lanes masked; lanes dead for all rows read the null page."""
+    live = len(ends)
+    ends = F.pad(ends, (0, ROW_BLOCK - live))
     for sequence in range(page_table.shape[0]):
-        mine = positions.new_zeros(ROW_BLOCK, dtype=torch.bool)
-        mine[:live] = sequences == sequence
-        for first in range(0, int((ends * mine).max()), SHARED_WINDOW):
-            lanes = first + _arange(SHARED_WINDOW, positions)
+        mine = ends * (sequences == sequence)
+        for first in range(0, int(mine.max()), SHARED_WINDOW):
+            lanes = first + _arange(SHARED_WINDOW, ends)
+            dead = lanes >= mine[:, None]  # [ROW_BLOCK, keys]
             pages = (lanes // page_size).clamp(max=page_table.shape[1] - 1)
             slots = page_table[sequence, pages] * page_size + lanes % page_size
-            dead = (lanes >= ends[:, None]) | ~mine[:, None]
-            slots = torch.where(dead.all(0), NULL_PAGE, slots)
+            slots = torch.where(lanes < mine.max(), slots, NULL_PAGE)
             keys = k_cache[slots].float().permute(1, 2, 0)  # [H, D, keys]
-            scores.append(torch.bmm(by_head, keys).masked_fill_(dead, float("-inf")))
-            values.append(v_cache[slots].float().transpose(0, 1))
-
-    tail_keys = _gather_rows(k_cache, tail_slots)  # [16, H, lanes, D]
-    tail_values = _gather_rows(v_cache, tail_slots)
-    lengths = positions.new_full((ROW_BLOCK,), TAIL_LANES)  # padding rows attend to zeros: no NaN, nobody reads them
-    lengths[:live] = positions + 1 - ends[:live]
-    dead = _arange(TAIL_LANES, positions) >= lengths[:, None]
-    tail_scores = torch.bmm(queries.view(-1, 1, dim), tail_keys.flatten(0, 1).transpose(1, 2))
-    tail_scores = tail_scores.view(ROW_BLOCK, heads, TAIL_LANES).masked_fill_(dead[:, None], float("-inf"))
-
-    maximum = tail_scores.amax(-1)  # [16, H]
-    for window in scores:
-        maximum = torch.maximum(maximum, window.amax(-1).t())
-    total = torch.zeros_like(maximum)
-    mixed = torch.zeros_like(queries)  # [16, H, D]
-    for window, value in zip(scores, values, strict=True):
-        weights = torch.exp(window - maximum.t()[..., None])  # [H, 16, keys]
-        total += weights.sum(-1).t()
-        mixed += torch.bmm(weights, value).transpose(0, 1)
-    weights = torch.exp(tail_scores - maximum[..., None])
-    total += weights.sum(-1)
-    mixed += torch.bmm(weights.view(-1, 1, TAIL_LANES), tail_values.flatten(0, 1)).view_as(mixed)
-    return mixed / total[..., None]
-
-
-def _gather_rows(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Cache rows at slots [n, lanes] as float32 [ROW_BLOCK, H, lanes, D]; rows from n on are zero."""
-    gathered = cache.new_zeros(ROW_BLOCK, cache.shape[1], slots.shape[1], cache.shape[2], dtype=torch.float32)
-    gathered[: slots.shape[0]] = cache[slots].transpose(1, 2)
-    return gathered
+            yield torch.bmm(by_head, keys).masked_fill_(dead, _DEAD), slots
 
 
 def _arange(end: int, like: torch.Tensor) -> torch.Tensor:

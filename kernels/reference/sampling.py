@@ -100,7 +100,7 @@ def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor,
 
 
 def _nucleus(scores: torch.Tensor, ids: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """top-p, then min-p, as Hugging Face defines them; equal scores are ordered by id, so ``ids`` must rise along a row.
+    """top-p, then min-p, as Hugging Face defines them; equal scores are ordered by id: ``ids`` must rise along a row.
 
     Masses are summed best token first, so that a row's result does not depend on how many filtered tokens follow.
     """

@@ -1,0 +1,4 @@
+from decoding.cli import main
+
+if __name__ == "__main__":
+    main()

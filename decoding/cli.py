@@ -1,0 +1,134 @@
+"""The command line: ``staged generate``, ``staged compare``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from decoding.compare import DEMO_PROMPTS, HFGenerate, compare
+from decoding.config import METHODS
+from decoding.decoder import BUNDLED, StagedDecoder
+from decoding.display import coloured, legend, print_comparison, stage_styles
+from model import weights
+
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Exit code 2 and one line on standard error for what the user can mend."""
+    flags = parser().parse_args(arguments)
+    try:
+        flags.run(flags)
+    except (ValueError, FloatingPointError) as error:
+        print(f"staged {flags.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="staged", description="Staged speculative decoding for GPT-2, bit for bit lossless."
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("prompt", help="the text to continue; '-' reads standard input")
+    generate.add_argument("--method", choices=METHODS, help="default: the fullest that the stages allow")
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
+    generate.add_argument("--ignore-eos", action="store_true", help="do not stop at the end-of-text token")
+    generate.add_argument("--color", action="store_true", help="colour each token by the stage that proposed it")
+    generate.add_argument("--json", action="store_true", help="print one JSON object with all output fields")
+    generate.set_defaults(run=run_generate)
+
+    comparison = commands.add_parser("compare", help="every method on the same prompts, tokens checked identical")
+    comparison.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: three prompts of Python code")
+    comparison.add_argument("--hf", action="store_true", help="also run Hugging Face's generate (greedy only)")
+    comparison.add_argument("--color", action="store_true", help="show the completions, coloured by stage")
+    comparison.add_argument("--json", action="store_true", help="print the rows as JSON")
+    comparison.set_defaults(run=run_compare)
+
+    for command in (generate, comparison):
+        _add_common(command)
+    return top
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-new-tokens", type=int, default=128)
+    command.add_argument("--do-sample", action="store_true", help="draw tokens; greedy without it")
+    command.add_argument("--temperature", type=float, default=1.0)
+    command.add_argument("--top-k", type=int, default=50)
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--min-p", type=float, default=0.0)
+    command.add_argument("--seed", type=int, help="default: a fresh one for generate, 0 for compare")
+    command.add_argument("--oracle", default="bundled", help="hub id or directory of a GPT-2 checkpoint")
+    command.add_argument("--draft", default="auto", help="hub id or directory; 'none' for no draft")
+    command.add_argument("--draft2", default="auto", help="directory of a table; 'none' for no draft2")
+    command.add_argument("--device", default="auto")
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
+    command.add_argument("--backend", default="auto")
+
+
+def _decoder(flags: argparse.Namespace) -> StagedDecoder:
+    lower = {
+        name: None if value == "none" else value for name, value in (("draft", flags.draft), ("draft2", flags.draft2))
+    }
+    return StagedDecoder.from_pretrained(
+        flags.oracle, **lower, device=flags.device, dtype=flags.dtype, backend=flags.backend
+    )
+
+
+def run_generate(flags: argparse.Namespace) -> None:
+    decoder = _decoder(flags)
+    prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+    out = decoder.generate(
+        prompt,
+        max_new_tokens=flags.max_new_tokens,
+        method=flags.method,
+        stop_strings=flags.stop,
+        ignore_eos=flags.ignore_eos,
+        **{name: getattr(flags, name) for name in SAMPLING},
+    )
+    if flags.json:
+        print(json.dumps(vars(out) | {"sequences": out.sequences.tolist()}))
+        return
+    if not flags.color:
+        print(prompt + out.text)
+        return
+    console = Console(highlight=False, soft_wrap=True, force_terminal=True)
+    styles = stage_styles([stage.name for stage in decoder.lower])
+    console.print(coloured(decoder.tokenizer, prompt, out.new_token_ids, out.token_stages, styles))
+    console.print(legend(styles))
+    console.print(
+        f"{len(out.new_token_ids)} tokens, {out.stats['tokens_per_second']:.1f} tokens/s, "
+        f"{out.stats['mean_acceptance_length']:.2f} tokens per oracle pass, finished by {out.finish_reason}, seed {out.seed}"
+    )
+
+
+def run_compare(flags: argparse.Namespace) -> None:
+    decoder = _decoder(flags)
+    prompts = flags.prompts or list(DEMO_PROMPTS)
+    sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}
+    hf = None
+    if flags.hf:
+        source = BUNDLED / "oracle" if flags.oracle == "bundled" else weights.locate(Path(flags.oracle))
+        hf = HFGenerate(str(source), decoder.oracle.model.dtype, decoder.oracle.model.device)
+    rows, outputs = compare(decoder, prompts, flags.max_new_tokens, sampling, hf)
+    if flags.json:
+        print(json.dumps(rows))
+        return
+    console = Console(highlight=False, soft_wrap=True, force_terminal=flags.color or None)
+    if flags.color:
+        styles = stage_styles([stage.name for stage in decoder.lower])
+        for prompt, out in zip(prompts, outputs, strict=True):
+            console.print(coloured(decoder.tokenizer, prompt, out.new_token_ids, out.token_stages, styles))
+            console.rule()
+        console.print(legend(styles))
+        console.print()
+    drawn = f"sampled, seed {sampling['seed']}" if sampling["do_sample"] else "greedy"
+    caption = f"{len(prompts)} prompts x {flags.max_new_tokens} tokens, {drawn}, batch 1, {decoder.runtime}"
+    print_comparison(console, rows, caption)
+    if any(row["method"] != "HF generate" and row["identical"] != f"{len(prompts)} of {len(prompts)}" for row in rows):
+        raise SystemExit("methods differ: this is a bug")

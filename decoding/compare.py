@@ -1,0 +1,133 @@
+"""Every method on the same prompts: times, passes and bytes beside each other, tokens checked identical."""
+
+import time
+from typing import Any
+
+import torch
+
+from decoding.config import METHODS
+from decoding.decoder import StagedDecoder
+
+DEMO_PROMPTS = (
+    'def read_lines(path):\n    """Return the lines of a text file."""\n',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "import os\nimport sys\n\n\ndef main():\n    for name in os.listdir(sys.argv[1]):\n",
+)
+
+
+class HFGenerate:
+    """Hugging Face's ``generate`` on the same oracle, dtype and device: the yardstick outside this project."""
+
+    def __init__(self, oracle_dir: str, dtype: torch.dtype, device: torch.device):
+        from transformers import GPT2LMHeadModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.model = GPT2LMHeadModel.from_pretrained(oracle_dir, dtype=dtype).to(device).eval()
+
+    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation, stopped by length alone."""
+        ids = torch.tensor([prompt_ids], device=self.model.device)
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return out[0, len(prompt_ids) :].tolist()
+
+    @torch.no_grad()
+    def top_two_gap(self, text: list[int]) -> float:
+        """How far the best next token of ``text`` is ahead of the second, in logits."""
+        best = self.model(torch.tensor([text], device=self.model.device)).logits[0, -1].float().topk(2).values
+        return float(best[0] - best[1])
+
+
+def compare(
+    decoder: StagedDecoder,
+    prompts: list[str] | list[list[int]],
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    hf: HFGenerate | None = None,
+) -> tuple[list[dict], list]:
+    """Rows for the table, one per method that the decoder's stages allow, and the outputs of the last method.
+
+    All methods get the same seed; every one's tokens are compared with the baseline's, prompt by prompt. Hugging Face's
+    generate is run where ``hf`` is given and decoding is greedy; where it differs, the row says from which token on and
+    how close its own two best logits were there. Times include prefill; a short generation warms up each method.
+    """
+    prompt_ids = [decoder.encode(prompt) for prompt in prompts]
+    sampling = {"seed": 0, "ignore_eos": True} | sampling
+    available = [method for method in METHODS if _is_available(decoder, method)]
+    runs = {}
+    for method in available:
+        decoder.generate(prompt_ids[0], max_new_tokens=8, method=method, **sampling)
+        runs[method] = [_timed(decoder, ids, max_new_tokens, method, sampling) for ids in prompt_ids]
+    baseline = runs["baseline"]
+    rows = []
+    if hf is not None and not sampling.get("do_sample"):
+        rows.append(_hf_row(hf, prompt_ids, [len(out.new_token_ids) for out, _ in baseline], baseline))
+    rows += [_row(method, runs[method], baseline) for method in available]
+    return rows, [out for out, _ in runs[available[-1]]]
+
+
+def _is_available(decoder: StagedDecoder, method: str) -> bool:
+    try:
+        decoder.plan(method)
+    except ValueError:
+        return False
+    return True
+
+
+def _timed(decoder, ids, max_new_tokens, method, sampling):
+    start = time.perf_counter()
+    out = decoder.generate(ids, max_new_tokens=max_new_tokens, method=method, **sampling)
+    return out, time.perf_counter() - start
+
+
+def _row(method: str, runs: list, baseline: list) -> dict:
+    tokens, seconds, passes, moved = _totals(runs)
+    base_tokens, base_seconds, base_passes, base_moved = _totals(baseline)
+    equal = sum(a.new_token_ids == b.new_token_ids for (a, _), (b, _) in zip(runs, baseline, strict=True))
+    return {
+        "method": method,
+        "tokens_per_second": tokens / seconds,
+        "speedup": tokens / seconds / (base_tokens / base_seconds),
+        "tokens_per_oracle_pass": tokens / passes,
+        "relative_oracle_passes": passes / tokens / (base_passes / base_tokens),
+        "relative_bytes": moved / tokens / (base_moved / base_tokens),
+        "identical": f"{equal} of {len(runs)}",
+    }
+
+
+def _totals(runs: list) -> tuple[int, float, int, float]:
+    tokens = sum(len(out.new_token_ids) for out, _ in runs)
+    seconds = sum(elapsed for _, elapsed in runs)
+    passes = sum(out.stats["stages"]["oracle"]["passes"] for out, _ in runs)
+    return tokens, seconds, passes, sum(out.stats["bytes_per_token"] * len(out.new_token_ids) for out, _ in runs)
+
+
+def _hf_row(hf: HFGenerate, prompt_ids: list[list[int]], lengths: list[int], baseline: list) -> dict:
+    hf.generate(prompt_ids[0], 8)
+    tokens, equal, differences, seconds = 0, 0, [], 0.0
+    for ids, length, (out, _) in zip(prompt_ids, lengths, baseline, strict=True):
+        start = time.perf_counter()
+        new = hf.generate(ids, length)
+        seconds += time.perf_counter() - start
+        tokens += len(new)
+        equal += new == out.new_token_ids
+        if new != out.new_token_ids:
+            at = next(i for i, (a, b) in enumerate(zip(new, out.new_token_ids, strict=True)) if a != b)
+            differences.append(f"token {at}, gap {hf.top_two_gap(ids + new[:at]):.1e}")
+    base_tokens, base_seconds, _, _ = _totals(baseline)
+    return {
+        "method": "HF generate",
+        "tokens_per_second": tokens / seconds,
+        "speedup": tokens / seconds / (base_tokens / base_seconds),
+        "tokens_per_oracle_pass": 1.0,
+        "relative_oracle_passes": 1.0,
+        "relative_bytes": None,
+        "identical": f"{equal} of {len(baseline)}" + (f" ({'; '.join(differences)})" if differences else ""),
+    }
