@@ -101,9 +101,10 @@ def run_generate(flags: argparse.Namespace) -> None:
     styles = stage_styles([stage.name for stage in decoder.lower])
     console.print(coloured(decoder.tokenizer, prompt, out.new_token_ids, out.token_stages, styles))
     console.print(legend(styles))
+    speed, length = out.stats["tokens_per_second"], out.stats["mean_acceptance_length"]
     console.print(
-        f"{len(out.new_token_ids)} tokens, {out.stats['tokens_per_second']:.1f} tokens/s, "
-        f"{out.stats['mean_acceptance_length']:.2f} tokens per oracle pass, finished by {out.finish_reason}, seed {out.seed}"
+        f"{len(out.new_token_ids)} tokens, {speed:.1f} tokens/s, {length:.2f} tokens per oracle pass, "
+        f"finished by {out.finish_reason}, seed {out.seed}"
     )
 
 

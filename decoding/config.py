@@ -40,6 +40,7 @@ class SpeculationConfig:
     Stage i repeats ``rounds[i]`` times: the stages below extend the tree, then stage i scores its ``widths[i]`` best
     unscored nodes in one pass and gives each its ``children[i]`` best children. The oracle then verifies the
     ``budget`` best nodes. ``tau`` divides perturbed scores before the softmax that makes them edge scores.
+    ``shared_noise=False`` lets the lower stages rank by their own probabilities alone, the paper's rule: for ablation.
     """
 
     stages: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class SpeculationConfig:
     budget: int = 0
     max_depth: int = DEPTH_LIMIT
     tau: float = 0.85
+    shared_noise: bool = True
 
     def __post_init__(self):
         for name in ("rounds", "widths", "children"):

@@ -112,7 +112,10 @@ class StagedDecoder:
         config = self.plan(method) if speculation is None else speculation
         lower = [self._stage(name) for name in config.stages]
         generation = Generation(lower, self.oracle, prompt_ids, sampling.with_seed(seed), limits, config)
-        return self._drain(generation, prompt_ids, seed, limits.stop_strings, streamer)
+        try:
+            return self._drain(generation, prompt_ids, seed, limits.stop_strings, streamer)
+        finally:
+            generation.close()
 
     def _drain(self, generation, prompt_ids, seed, stop_strings, streamer) -> GenerateOutput:
         new, completion = [], None

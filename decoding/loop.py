@@ -29,6 +29,7 @@ class Generation:
         config: SpeculationConfig,
     ):
         self.lower, self.oracle, self.sampling, self.config = lower, oracle, sampling, config
+        self.lower_sampling = sampling if config.shared_noise else sampling._replace(noise=False)
         self.text, self.num_prompt = list(prompt), len(prompt)
         self.eos_token_ids = limits.eos_token_ids
         self.max_len = min(len(prompt) + limits.max_new_tokens, len(prompt) + oracle.max_depth(len(prompt)) + 1)
@@ -65,7 +66,7 @@ class Generation:
             if len(nodes) == 0:
                 break
             children, scores, _ = stage.score(
-                self.tree, nodes, self.text, self.sampling, config.children[index], config.tau
+                self.tree, nodes, self.text, self.lower_sampling, config.children[index], config.tau
             )
             insert_children(self.tree, index, nodes, children, scores, max_depth)
 
@@ -81,6 +82,11 @@ class Generation:
             kept = reroot(self.tree, accepted[-1] if accepted else 0, emitted[-1])
         for stage in [*self.lower, self.oracle]:
             stage.commit(accepted, kept)
+
+    def close(self) -> None:
+        """Give every stage's pages back, however the generation ended."""
+        for stage in [*self.lower, self.oracle]:
+            stage.end()
 
     def run(self):
         """Yield the tokens of each iteration until the generation is finished."""

@@ -30,6 +30,9 @@ class Stage(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Children int32 [n, m] of ``nodes`` int32 [n], their edge scores float32 [n, m], drawn tokens int32 [n]."""
 
+    def end(self) -> None:
+        """Give everything back that the generation holds; the counters stay."""
+
     def commit(self, accepted: list[int], kept: torch.Tensor) -> None:
         """Follow the tree to its new root: ``accepted`` nodes become text, ``kept`` names the nodes that stay."""
 
@@ -63,6 +66,9 @@ class KatzStage:
         return children, scores, children[:, 0]
 
     def commit(self, accepted, kept):
+        pass
+
+    def end(self):
         pass
 
 
@@ -168,3 +174,6 @@ class GPT2Stage:
         renamed = torch.full_like(slots, -1)
         renamed[1 : len(kept)] = slots[kept[1:]]
         self.node_slots = renamed
+
+    def end(self):
+        self.cache.reset()

@@ -53,8 +53,8 @@ class Statistics:
     def summary(self, stages: list) -> dict:
         """The public figures; ``stages`` are the stage objects in the order of ``names``.
 
-        Per stage: ``passes``; ``proposed`` and ``accepted`` nodes of the oracle's trees; ``acceptance_rate`` =
-        accepted / tried, where tried counts the nodes on the walks that had a child of this stage, and
+        Per stage: ``passes``; ``proposed`` and ``accepted`` nodes of the oracle's trees; ``tried``, the nodes
+        on the walks that had a child of this stage; ``acceptance_rate`` = accepted / tried, and
         ``acceptance_rate_per_position[i]`` the same at the i-th token of an iteration. ``mean_acceptance_length`` =
         tokens per oracle pass, the oracle's own included. ``bytes_per_token`` is arithmetic: weights, K/V and table
         rows of all stages' passes. Prefill is in the seconds, not in passes and bytes.
@@ -85,6 +85,7 @@ class Statistics:
                 taken[i] += source == index
         return {
             "proposed": proposed,
+            "tried": sum(tried),
             "accepted": sum(taken),
             "acceptance_rate": sum(taken) / max(1, sum(tried)),
             "acceptance_rate_per_position": [a / t for a, t in zip(taken, tried, strict=True) if t],

@@ -130,13 +130,13 @@ def reroot(tree: Tree, last_accepted: int, next_token: int) -> torch.Tensor:
     Returns the old index of every node of the new tree, int32 [num_nodes]; -1 for a root that no stage had proposed.
     """
     n = int(tree.num_nodes)
-    parents, scores = tree.parents.numpy()[:n], tree.path_scores.numpy()[:n]
+    parents, edges = tree.parents.numpy()[:n], tree.edge_scores.numpy()[:n]
     below = np.flatnonzero((parents == last_accepted) & (tree.tokens.numpy()[:n] == next_token))
     inside = np.zeros(n, dtype=bool)
     inside[below] = True
     kept = [int(below[0])] if len(below) else [-1]
     for node in range(kept[0] + 1, n) if len(below) else ():
-        if inside[parents[node]] and scores[node] > -np.inf:
+        if inside[parents[node]] and edges[node] > -np.inf:
             inside[node] = True
             kept.append(node)
     old = np.array(kept, dtype=np.int32)

@@ -1,0 +1,97 @@
+"""One more argument for users of transformers: ``model.generate(ids, custom_generate=staged_generate(draft))``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from decoding.decoder import StagedDecoder
+
+_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+
+
+def staged_generate(
+    draft: Any = None, draft2: Any = None, method: str | None = None, seed: int | None = None
+) -> Callable[..., torch.Tensor]:
+    """A ``custom_generate`` for ``GPT2LMHeadModel.generate``: the model is the oracle, run by this project's forward.
+
+    ``draft``, ``draft2``, ``method`` and ``seed`` are those of ``StagedDecoder``; without a seed one is drawn from
+    torch's generator, so ``torch.manual_seed`` repeats a run. The stages are loaded at the first call and kept: a later
+    change of the model's weights has no effect. Returns ids [1, prompt + new] as ``generate`` does. Raises ValueError
+    for whatever would have to be ignored: batches, beams, penalties, other processors and stopping criteria.
+    """
+    decoders: dict[int, tuple[Any, StagedDecoder]] = {}
+
+    def generate(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **kwargs):
+        _refuse_what_is_not_computed(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+        if id(model) not in decoders:
+            decoder = StagedDecoder.from_pretrained(
+                model, draft=draft, draft2=draft2, device=model.device, dtype=model.dtype
+            )
+            decoders[id(model)] = (model, decoder)
+        eos = generation_config.eos_token_id
+        out = decoders[id(model)][1].generate(
+            input_ids,
+            max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            do_sample=generation_config.do_sample,
+            temperature=_or(generation_config.temperature, 1.0),
+            top_k=generation_config.top_k,
+            top_p=_or(generation_config.top_p, 1.0),
+            min_p=_or(generation_config.min_p, 0.0),
+            seed=int(torch.randint(2**62, ())) if seed is None else seed,
+            eos_token_id=eos,
+            ignore_eos=eos is None,
+            streamer=_WithoutPrompt(streamer) if streamer is not None else None,
+            method=method,
+        )
+        return out.sequences.to(input_ids.device)
+
+    return generate
+
+
+class _WithoutPrompt:
+    """transformers has already handed the prompt to the streamer."""
+
+    def __init__(self, streamer: Any):
+        self._streamer, self._is_prompt = streamer, True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._is_prompt:
+            self._streamer.put(value)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+def _or(value: Any, default: float) -> float:
+    return default if value is None else value
+
+
+def _refuse_what_is_not_computed(input_ids, logits_processor, stopping_criteria, generation_config, kwargs) -> None:
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"staged_generate takes a batch of 1, got {input_ids.shape[0]}")
+    for name in ("num_beams", "num_return_sequences"):
+        if (getattr(generation_config, name, 1) or 1) != 1:
+            raise ValueError(f"staged_generate needs {name}=1, got {getattr(generation_config, name)}")
+    for name in ("return_dict_in_generate", "output_scores", "output_logits"):
+        if getattr(generation_config, name, False):
+            raise ValueError(f"staged_generate returns token ids only: {name} must be false")
+    for processor in logits_processor or ():
+        if not isinstance(processor, _WARPERS):
+            raise ValueError(f"staged_generate does not apply {type(processor).__name__}")
+    for criterion in stopping_criteria or ():
+        if not isinstance(criterion, _CRITERIA):
+            raise ValueError(f"staged_generate does not apply {type(criterion).__name__}")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        raise ValueError("staged_generate takes no padding: attention_mask must be all ones")

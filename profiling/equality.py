@@ -1,0 +1,135 @@
+"""Greedy equality in float32: every method and chain depth gives Hugging Face's own tokens.
+
+    python -m profiling.equality --prompts DIR [--tokens 64] [--limit N] [--out profiling/results]
+
+For each prompt, plain greedy decoding by transformers is compared with every method of the bundled trio, with chains of
+one to four stages, and with drafts that are the oracle itself, the oracle plus noise, and random weights. A difference
+is allowed only where transformers' own two best logits are closer than 1e-4; such places are listed. Writes
+``equality.json`` and ``equality.md``; exits 1 on any other difference.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from decoding import StagedDecoder
+from decoding.compare import HFGenerate
+from decoding.decoder import BUNDLED
+from profiling import machine, prompts
+
+TIE = 1e-4
+
+
+def noisy_copy(model, relative_noise: float, seed: int = 0):
+    """``model`` with Gaussian noise on every matrix, ``relative_noise`` times the matrix's standard deviation."""
+    copied, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.ndim == 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += relative_noise * parameter.std() * noise
+    return copied
+
+
+def decoders(
+    oracle: str | Path, draft: str | Path, table: str | Path, hf_model
+) -> dict[str, tuple[StagedDecoder, str]]:
+    """What is compared: name -> (decoder, method)."""
+    noisy, useless = noisy_copy(hf_model, 0.25), noisy_copy(hf_model, 5.0)
+
+    def load(draft=None, draft2=None):
+        return StagedDecoder.from_pretrained(oracle, draft=draft, draft2=draft2, device="cpu", dtype="float32")
+
+    trio = load(draft, table)
+    chosen = {method: (trio, method) for method in ("baseline", "speculative", "tree", "staged")}
+    chosen["four stages"] = (load([draft, noisy], table), None)
+    for name, model in (("oracle + noise", noisy), ("oracle", hf_model), ("random weights", useless)):
+        decoder = load(model)
+        chosen[f"chain, draft = {name}"] = (decoder, "speculative")
+        chosen[f"tree, draft = {name}"] = (decoder, "tree")
+    return chosen
+
+
+def run(chosen: dict, hf: HFGenerate, prompt_ids: list[list[int]], num_tokens: int) -> list[dict]:
+    """One row per entry of ``chosen``: how many prompts equal transformers' tokens, where the others first differ."""
+    rows = {
+        name: {"equal": 0, "tied": [], "different": [], "accepted": 0, "tried": 0, "tokens": 0, "passes": 0}
+        for name in chosen
+    }
+    for index, ids in enumerate(track(prompt_ids, description="equality", disable=not sys.stderr.isatty())):
+        want = hf.generate(ids, num_tokens)
+        for name, (decoder, method) in chosen.items():
+            out = decoder.generate(ids, max_new_tokens=num_tokens, method=method, ignore_eos=True)
+            row = rows[name]
+            _count(row, out)
+            if out.new_token_ids == want:
+                row["equal"] += 1
+                continue
+            at = next(i for i, (a, b) in enumerate(zip(out.new_token_ids, want, strict=True)) if a != b)
+            place = {"prompt": index, "token": at, "gap": hf.top_two_gap(ids + want[:at])}
+            row["tied" if place["gap"] < TIE else "different"].append(place)
+    return [{"configuration": name, "prompts": len(prompt_ids), **row} for name, row in rows.items()]
+
+
+def _count(row: dict, out) -> None:
+    row["tokens"] += len(out.new_token_ids)
+    row["passes"] += out.stats["stages"]["oracle"]["passes"]
+    for stage in out.stats["stages"].values():
+        row["accepted"] += stage.get("accepted", 0)
+        row["tried"] += stage.get("tried", 0)
+
+
+def markdown(rows: list[dict], num_tokens: int, about: dict) -> str:
+    """The table that is committed."""
+    lines = [
+        "# Greedy equality with Hugging Face, float32",
+        "",
+        f"{rows[0]['prompts']} HumanEval prompts x {num_tokens} tokens; {about['device']}, torch {about['torch']}, "
+        f"transformers {about['transformers']}, commit {about['commit']}, {about['date']}; `{about['command']}`.",
+        f"A first difference is a tie where transformers' own two best logits are closer than {TIE:g}.",
+        "",
+        "| configuration | equal | differs at a tie | differs elsewhere | acceptance | tokens per oracle pass |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        acceptance = f"{row['accepted'] / row['tried']:.3f}" if row["tried"] else ""
+        lines.append(
+            f"| {row['configuration']} | {row['equal']} of {row['prompts']} | {len(row['tied'])} | "
+            f"{len(row['different'])} | {acceptance} | {row['tokens'] / row['passes']:.2f} |"
+        )
+    places = [(row["configuration"], place) for row in rows for place in row["tied"]]
+    lines += [""] + [
+        f"- tie: {name}, prompt {p['prompt']}, token {p['token']}, gap {p['gap']:.1e}" for name, p in places
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--limit", type=int, help="only the first N prompts")
+    parser.add_argument("--out", type=Path, default=Path("profiling/results"))
+    flags = parser.parse_args()
+    hf = HFGenerate(str(BUNDLED / "oracle"), torch.float32, torch.device("cpu"))
+    chosen = decoders("bundled", BUNDLED / "draft", BUNDLED / "draft2", hf.model)
+    texts = prompts.humaneval(flags.prompts)[: flags.limit]
+    context = hf.model.config.n_positions
+    prompt_ids = [chosen["baseline"][0].tokenizer.encode(text).ids[-(context - flags.tokens) :] for text in texts]
+    rows = run(chosen, hf, prompt_ids, flags.tokens)
+    about = machine.describe()
+    flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "equality.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    table = markdown(rows, flags.tokens, about)
+    (flags.out / "equality.md").write_text(table)
+    print(table)
+    sys.exit(any(row["different"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

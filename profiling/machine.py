@@ -1,0 +1,46 @@
+"""What a row of results must carry: processor or GPU, versions, commit, command."""
+
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def describe() -> dict[str, str | int]:
+    """The machine and the code that a result was measured with."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": " ".join(["python -m", f"profiling.{Path(sys.argv[0]).stem}", *map(_without_folder, sys.argv[1:])]),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores" if info.exists() else platform.machine()
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + (" + changes" if dirty.stdout.strip() else "")
+
+
+def _without_folder(argument: str) -> str:
+    """Folders of this machine say nothing to a reader: keep the last part."""
+    return f".../{Path(argument).name}" if argument.startswith("/") else argument

@@ -1,0 +1,257 @@
+"""The public surface: what is refused and how, where a generation ends, what it returns and leaves behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.test_lossless import VOCAB, tiny_model
+from transformers import AutoTokenizer, TextStreamer
+
+from decoding import StagedDecoder, cli, staged_generate
+from decoding.config import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Ids only: no tokenizer, context 128, a draft that is sometimes right."""
+    return StagedDecoder.from_pretrained(tiny_model(0, 2), tiny_model(1, 1), None, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return StagedDecoder.from_pretrained(device="cpu")
+
+
+BAD = {
+    "empty prompt": ({"prompt": []}, "prompt is empty"),
+    "long prompt": ({"prompt": [1] * 129}, "129 tokens.*128"),
+    "id too large": ({"prompt": [1, VOCAB]}, rf"\[0, {VOCAB}\), got {VOCAB}"),
+    "negative id": ({"prompt": [-1]}, "got -1"),
+    "float prompt": ({"prompt": torch.zeros(3)}, "token ids"),
+    "text without tokenizer": ({"prompt": "def"}, "without a tokenizer"),
+    "no tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    "fractional tokens": ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer"),
+    "temperature": ({"temperature": -1.0}, "temperature.*-1.0"),
+    "nan temperature": ({"temperature": float("nan")}, "temperature.*nan"),
+    "top_k": ({"top_k": -2}, "top_k must be at least 0, got -2"),
+    "top_p zero": ({"top_p": 0.0}, r"top_p.*\(0, 1\].*0.0"),
+    "top_p large": ({"top_p": 1.5}, "top_p.*1.5"),
+    "min_p": ({"min_p": 2}, "min_p.*2"),
+    "seed text": ({"seed": "x"}, "seed must be an integer"),
+    "seed range": ({"seed": 2**64}, "seed must be in"),
+    "method": ({"method": "magic"}, "method must be one of"),
+    "missing stage": ({"method": "staged"}, "needs draft2"),
+    "eos": ({"eos_token_id": VOCAB}, "eos_token_id"),
+    "stop without tokenizer": ({"stop_strings": ["x"]}, "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
+def test_bad_arguments_are_refused_by_name_and_value(tiny, arguments, message):
+    arguments = {"prompt": [1, 2], "max_new_tokens": 4, "do_sample": True} | arguments
+    with pytest.raises(ValueError, match=message):
+        tiny.generate(**arguments)
+    assert len(tiny.generate([1, 2], max_new_tokens=4).new_token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"oracle": "bundled", "device": "cuda"}, "no GPU"),
+        ({"oracle": "bundled", "device": "tpu"}, "device must be"),
+        ({"oracle": "bundled", "dtype": "int8"}, "dtype must be"),
+        ({"oracle": "bundled", "backend": "jax"}, "backend must be"),
+        ({"oracle": "./nowhere"}, "not a directory"),
+        ({"oracle": 3, "draft": None, "draft2": None}, "oracle must be a hub id"),
+    ],
+    ids=lambda value: next(reversed(value.values())) if isinstance(value, dict) else None,
+)
+def test_what_cannot_be_loaded_is_refused(arguments, message):
+    if arguments.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, so asking for one is no error")
+    with pytest.raises(ValueError, match=message):
+        StagedDecoder.from_pretrained(**arguments)
+
+
+def test_auto_stages_exist_for_the_bundled_oracle_only():
+    with pytest.raises(ValueError, match="pass draft=... or draft=None"):
+        StagedDecoder.from_pretrained(tiny_model(0, 1), draft2=None)
+
+
+def test_vocabularies_must_agree():
+    with pytest.raises(ValueError, match=rf"vocab_size of draft2 is \d+, of oracle {VOCAB}"):
+        StagedDecoder.from_pretrained(tiny_model(0, 1), None, ROOT / "model" / "bundled" / "draft2")
+
+
+def test_tokenizers_must_agree(tmp_path):
+    """A draft with the same vocabulary size but two tokens swapped is refused, naming the first."""
+    for file in (ROOT / "model" / "bundled" / "draft").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = fields["model"]["vocab"]
+    swapped = {token: {40: 41, 41: 40}.get(i, i) for token, i in vocab.items()}
+    fields["model"]["vocab"] = swapped
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="differ, first at id 40"):
+        StagedDecoder.from_pretrained("bundled", tmp_path, None)
+
+
+@pytest.mark.parametrize("method", ["baseline", "speculative", "tree"])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_max_new_tokens_is_exact(tiny, method, count):
+    out = tiny.generate([5, 6], max_new_tokens=count, method=method)
+    assert len(out.new_token_ids) == count and out.finish_reason == "length"
+    assert out.sequences.tolist() == [[5, 6, *out.new_token_ids]]
+    assert len(out.token_stages) == count
+
+
+@pytest.mark.parametrize("method", ["baseline", "speculative", "tree"])
+def test_every_token_as_eos(tiny, method):
+    """Whichever token of the text is declared eos, the text ends with its first occurrence, and counts stop there."""
+    text = tiny.generate([5, 6], max_new_tokens=40, method="baseline", do_sample=True, seed=4).new_token_ids
+    for eos in set(text):
+        out = tiny.generate([5, 6], max_new_tokens=40, method=method, do_sample=True, seed=4, eos_token_id=eos)
+        assert out.new_token_ids == text[: text.index(eos) + 1]
+        expected = "eos" if text.index(eos) < len(text) else "length"
+        assert out.finish_reason == expected
+        assert len(out.token_stages) == len(out.new_token_ids)
+    ignored = tiny.generate([5, 6], 40, True, seed=4, eos_token_id=text[0], ignore_eos=True, method=method)
+    assert ignored.new_token_ids == text
+
+
+@pytest.mark.parametrize("method", ["baseline", "speculative", "tree"])
+@pytest.mark.parametrize("prompt_length", [100, 126, 127, 128])
+def test_context_end(tiny, method, prompt_length):
+    """128 positions can be fed, so one token more than fits can be drawn; the text is the baseline's to the end."""
+    prompt = [(7 * i) % VOCAB for i in range(prompt_length)]
+    out = tiny.generate(prompt, max_new_tokens=60, method=method)
+    assert len(out.new_token_ids) == 129 - prompt_length and out.finish_reason == "length"
+    assert out.new_token_ids == tiny.generate(prompt, max_new_tokens=60, method="baseline").new_token_ids
+
+
+def test_a_draft_with_a_shorter_context_falls_silent(tiny):
+    """Beyond the draft's context the oracle goes on alone."""
+    from transformers import GPT2LMHeadModel
+
+    config = tiny_model(1, 1).config
+    config.n_positions = 20
+    torch.manual_seed(1)
+    decoder = StagedDecoder.from_pretrained(tiny_model(0, 2), GPT2LMHeadModel(config), None, "cpu", "float32")
+    for method in ("speculative", "tree"):
+        out = decoder.generate([5, 6], max_new_tokens=60, method=method)
+        assert out.new_token_ids == tiny.generate([5, 6], max_new_tokens=60, method="baseline").new_token_ids
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stop_strings_cut_text_tokens_and_statistics(bundled, method):
+    """The text ends before the first stop string, the tokens before the one in which it begins."""
+    prompt = "import os\nimport sys\n\n\ndef main():\n"
+    whole = bundled.generate(prompt, max_new_tokens=48, method="baseline")
+    for stop in {whole.text[20:23], whole.text[9:10], whole.text[30:36]}:
+        out = bundled.generate(prompt, max_new_tokens=48, method=method, stop_strings=["never there", stop])
+        assert out.finish_reason == "stop"
+        assert out.text == whole.text[: whole.text.index(stop)]
+        assert whole.new_token_ids[: len(out.new_token_ids)] == out.new_token_ids
+        assert out.text.startswith(bundled.tokenizer.decode(out.new_token_ids))
+        assert len(out.token_stages) == len(out.new_token_ids)
+
+
+def test_statistics_add_up(bundled):
+    """Counts describe committed tokens: every token has a stage, accepted + the oracle's own = all."""
+    out = bundled.generate("class Stack:\n    def __init__(self):\n", max_new_tokens=50)
+    stages = out.stats["stages"]
+    accepted = sum(stages[name]["accepted"] for name in ("draft2", "draft"))
+    assert len(out.token_stages) == 50 == accepted + out.token_stages.count("oracle")
+    assert stages["oracle"]["passes"] >= out.token_stages.count("oracle")
+    assert out.stats["mean_acceptance_length"] == pytest.approx(50 / stages["oracle"]["passes"])
+    for name in ("draft2", "draft"):
+        assert stages[name]["accepted"] == out.token_stages.count(name) <= stages[name]["tried"]
+        assert all(0 <= rate <= 1 for rate in stages[name]["acceptance_rate_per_position"])
+    seconds = out.stats["seconds"]
+    assert sum(seconds[part] for part in ("draft2", "draft", "oracle", "host")) == pytest.approx(seconds["total"])
+
+
+class Interrupting:
+    """A streamer that stops the generation from within."""
+
+    def put(self, value):
+        if value.dim() == 1:
+            raise KeyboardInterrupt
+
+    def end(self):
+        raise AssertionError("end must not follow an interruption")
+
+
+def test_interruption_frees_pages_and_leaves_the_decoder_usable(tiny):
+    want = tiny.generate([5, 6], max_new_tokens=20).new_token_ids
+    with pytest.raises(KeyboardInterrupt):
+        tiny.generate([5, 6], max_new_tokens=20, streamer=Interrupting())
+    for stage in (*tiny.lower, tiny.oracle):
+        assert stage.cache.num_free_pages == stage.cache.num_pages
+    assert tiny.generate([5, 6], max_new_tokens=20).new_token_ids == want
+
+
+def test_nan_logits_are_reported(tiny):
+    """A stage that breaks is named, with the place."""
+    decoder = StagedDecoder.from_pretrained(tiny_model(0, 1), None, None, device="cpu", dtype="float32")
+    decoder.oracle.model.weights.ln_f_weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="'oracle' produced NaN logits at text length 2"):
+        decoder.generate([1, 2], max_new_tokens=4)
+
+
+def test_streamer_gets_prompt_tokens_and_end(bundled, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model" / "bundled" / "oracle")
+    out = bundled.generate("def add(a, b):\n", max_new_tokens=20, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out.rstrip("\n") == ("def add(a, b):\n" + out.text).rstrip("\n")
+
+
+@pytest.mark.parametrize("arguments", [{"do_sample": False}, {"do_sample": True, "top_k": 5}], ids=["greedy", "top-k"])
+def test_custom_generate_of_transformers(arguments):
+    """One more argument to ``generate``: greedy gives the same ids, sampling repeats under ``torch.manual_seed``."""
+    model, ids = tiny_model(0, 2), torch.tensor([[5, 6, 7]])
+    mask, function = torch.ones_like(ids), staged_generate(draft=tiny_model(1, 1))
+
+    def run(**more):
+        torch.manual_seed(0)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=20, pad_token_id=0, **arguments, **more)
+
+    got = run(custom_generate=function)
+    assert torch.equal(got, run(custom_generate=function)) and got.shape == (1, 23)
+    if not arguments["do_sample"]:
+        assert torch.equal(got, run())
+    with pytest.raises(ValueError, match="RepetitionPenalty"):
+        run(custom_generate=function, repetition_penalty=1.5)
+
+
+def staged(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "decoding", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_line_json(capsys):
+    cli.main(["generate", "def add(a, b):", "--max-new-tokens", "8", "--json", "--do-sample", "--seed", "5"])
+    out = json.loads(capsys.readouterr().out)
+    assert out["seed"] == 5 and len(out["new_token_ids"]) == 8 == len(out["token_stages"])
+    assert {"sequences", "text", "finish_reason", "stats"} <= out.keys()
+
+
+def test_command_line_colour_and_compare(capsys):
+    cli.main(["generate", "def add(a, b):", "--max-new-tokens", "8", "--color"])
+    shown = capsys.readouterr().out
+    assert "\x1b[" in shown and "tokens proposed by" in shown
+    cli.main(["compare", "def add(a, b):", "--max-new-tokens", "8", "--json", "--hf"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in rows] == ["HF generate", *METHODS]
+    assert all(row["identical"] == "1 of 1" for row in rows[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate", ""], ["generate", "x", "--top-p", "7"], ["compare", "x", "--oracle", "./no"]]
+)
+def test_command_line_errors_are_one_line_and_exit_two(arguments):
+    run = staged(*arguments)
+    assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr

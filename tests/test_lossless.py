@@ -1,0 +1,183 @@
+"""The promise: for one seed, every method, tree, budget and chain depth gives the tokens of plain decoding."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from decoding import SpeculationConfig, StagedDecoder
+from decoding.compare import DEMO_PROMPTS, HFGenerate
+from decoding.config import METHODS, Limits, SamplingConfig, chain
+from decoding.decoder import BUNDLED
+from decoding.katz import KatzTrigram, save
+from decoding.loop import Generation
+from profiling import equality
+
+VOCAB = 97
+PROMPTS = (
+    *DEMO_PROMPTS,
+    "def add(a, b):\n    return",
+    "for i in range(10):\n    print(",
+    "import numpy as np\n\nx = np.",
+    "try:\n    value = int(text)\nexcept ",
+    "@property\ndef shape(self):\n    ",
+)
+SAMPLINGS = {
+    "greedy": {},
+    "top-k 50": {"do_sample": True, "top_k": 50},
+    "top-p 0.9": {"do_sample": True, "top_k": 0, "top_p": 0.9},
+    "min-p 0.05": {"do_sample": True, "top_k": 0, "min_p": 0.05},
+    "all filters, T 1.3": {"do_sample": True, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "temperature": 1.3},
+}
+
+
+def tiny_model(seed: int, layers: int, scale: float = 4.0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=128, n_embd=64, n_layer=layers, n_head=1, bos_token_id=0, eos_token_id=None
+    )
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter *= scale
+    return model
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A draft2 table estimated from the oracle's own samples."""
+    oracle = StagedDecoder.from_pretrained(tiny_model(0, 2), draft=None, draft2=None, device="cpu", dtype="float32")
+    runs = [oracle.generate([1 + i], max_new_tokens=100, do_sample=True, top_k=0, seed=i) for i in range(6)]
+    ids = torch.cat([run.sequences[0] for run in runs]).numpy()
+    directory = tmp_path_factory.mktemp("table")
+    save(KatzTrigram(ids, VOCAB).bake(512), directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def four_stages(request, table):
+    """A chain of four: table, a poor draft, a good draft (the oracle plus noise), the oracle."""
+    oracle = tiny_model(0, 2)
+    drafts = [tiny_model(1, 1), equality.noisy_copy(oracle, 0.2)]
+    return StagedDecoder.from_pretrained(oracle, drafts, table, device="cpu", dtype=request.param)
+
+
+def configurations() -> dict[str, SpeculationConfig]:
+    """Trees and chains on one to four stages, small and large budgets."""
+    tree = SpeculationConfig(("draft_2",), (3,), (5,), (4,), 12, 6)
+    return {
+        "baseline": SpeculationConfig(),
+        "chain of 1": chain(1, "draft_2"),
+        "chain of 7": chain(7, "draft_2"),
+        "poor chain": chain(4, "draft_1"),
+        "tree": tree,
+        "tree, budget 1": SpeculationConfig(("draft_2",), (2,), (3,), (3,), 1, 6),
+        "tree, budget 60": SpeculationConfig(("draft_2",), (4,), (12,), (8,), 60, 9),
+        "paper's rule": SpeculationConfig(("draft_2",), (3,), (5,), (4,), 12, 6, tau=1.0, shared_noise=False),
+        "lookup": SpeculationConfig(("draft2",), (4,), (4,), (3,), 15, 6),
+        "three stages": SpeculationConfig(("draft2", "draft_2"), (3, 2), (4, 8), (3, 4), 20, 8),
+        "four stages": SpeculationConfig(("draft2", "draft_1", "draft_2"), (2, 2, 2), (3, 6, 9), (3, 3, 4), 30, 10),
+        "three stages, width 1": SpeculationConfig(("draft2", "draft_2"), (3, 2), (1, 4), (1, 1), 6, 6),
+    }
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+def test_every_shape_of_speculation_gives_the_same_tokens(four_stages, sampling):
+    """Twelve shapes on one to four stages, greedy and sampled: one text. And speculation does accept something."""
+    for seed, prompt in ((3, [5, 17, 40]), (2**63 + 11, list(range(1, 41)))):
+        outs = {
+            name: four_stages.generate(prompt, max_new_tokens=48, speculation=config, seed=seed, **sampling)
+            for name, config in configurations().items()
+        }
+        texts = {name: out.new_token_ids for name, out in outs.items()}
+        assert all(text == texts["baseline"] for text in texts.values()), texts
+        assert outs["tree"].stats["mean_acceptance_length"] > 1.3
+        assert outs["four stages"].stats["mean_acceptance_length"] > 1.3
+
+
+def test_different_seeds_differ(four_stages):
+    texts = {
+        tuple(four_stages.generate([5], max_new_tokens=12, do_sample=True, seed=seed).new_token_ids)
+        for seed in range(8)
+    }
+    assert len(texts) == 8
+
+
+def test_seed_is_returned_and_repeats_the_text(four_stages):
+    first = four_stages.generate([5], max_new_tokens=12, do_sample=True)
+    again = four_stages.generate(
+        [5], max_new_tokens=12, do_sample=True, seed=first.seed, speculation=SpeculationConfig()
+    )
+    assert first.new_token_ids == again.new_token_ids
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_caches_stay_sound_after_every_iteration(table, page_size):
+    """Free + used = total; the oracle's cache is one short of the text, a lower stage's is a prefix of it; and what a
+    cache holds is what a fresh prefill of the same text computes, bit for bit."""
+    oracle = tiny_model(0, 2)
+    drafts = [tiny_model(1, 1), equality.noisy_copy(oracle, 0.2)]
+    decoder = StagedDecoder.from_pretrained(oracle, drafts, table, device="cpu", dtype="float32", page_size=page_size)
+    config = configurations()["four stages"]
+    sampling = SamplingConfig(do_sample=True).with_seed(1)
+    generation = Generation(decoder.lower, decoder.oracle, [5, 17], sampling, Limits(60), config)
+    while generation.finish_reason is None:
+        generation.step()
+        assert decoder.oracle.cache.cached_len == [len(generation.text) - 1]
+        for stage in [*decoder.lower[1:], decoder.oracle]:
+            stage.cache.check()
+            assert stage.cache.cached_len[0] <= len(generation.text)
+            _assert_cache_holds(stage, generation.text)
+    for stage in decoder.lower[1:]:
+        assert stage.cache.cached_len[0] > 40, "a lower stage fell behind the text"
+
+
+def _assert_cache_holds(stage, text):
+    length = stage.cache.cached_len[0]
+    fresh = stage.model.new_cache(length)
+    stage.model.prefill(text[:length], fresh)
+    got, want = stage.cache.slots(0, length), fresh.slots(0, length)
+    assert torch.equal(stage.cache.k[:, got], fresh.k[:, want])
+    assert torch.equal(stage.cache.v[:, got], fresh.v[:, want])
+
+
+@pytest.fixture(scope="module")
+def greedy_rows():
+    """Eight prompts x 24 tokens of the bundled oracle, all configurations of ``profiling.equality``."""
+    hf = HFGenerate(str(BUNDLED / "oracle"), torch.float32, torch.device("cpu"))
+    chosen = equality.decoders("bundled", BUNDLED / "draft", BUNDLED / "draft2", hf.model)
+    prompt_ids = [chosen["baseline"][0].encode(prompt) for prompt in PROMPTS]
+    return {row["configuration"]: row for row in equality.run(chosen, hf, prompt_ids, 24)}
+
+
+def test_greedy_equals_hugging_face(greedy_rows):
+    """Bundled trio, float32: all methods, one to four stages, good, noisy and useless drafts; only ties may differ."""
+    assert {*METHODS, "four stages"} <= greedy_rows.keys()
+    for name, row in greedy_rows.items():
+        assert not row["different"], f"{name}: {row['different']}"
+        assert row["equal"] + len(row["tied"]) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_acceptance_follows_the_quality_of_the_draft(greedy_rows, shape):
+    """The oracle as its own draft is always accepted, the oracle plus noise sometimes, random weights hardly ever."""
+
+    def rate(draft):
+        row = greedy_rows[f"{shape}, draft = {draft}"]
+        return row["accepted"] / row["tried"]
+
+    assert rate("oracle") >= 0.98
+    assert 0.2 <= rate("oracle + noise") <= 0.8
+    assert rate("random weights") < 0.2
+
+
+def test_humaneval_prompts(prompts_dir):
+    """A few real HumanEval prompts, sampled, every method: where prompt sets are given."""
+    from profiling.prompts import humaneval
+
+    decoder = StagedDecoder.from_pretrained(device="cpu")
+    for prompt in humaneval(prompts_dir)[::40]:
+        texts = [
+            decoder.generate(prompt, max_new_tokens=24, method=m, do_sample=True, seed=1).new_token_ids for m in METHODS
+        ]
+        assert all(text == texts[0] for text in texts)
