@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kernels.layout import DEPTH_LIMIT, Sampling
@@ -20,11 +21,11 @@ class SamplingConfig:
     min_p: float = 0.0  # 0 = off
 
     def __post_init__(self):
-        _require_number("temperature", self.temperature, self.temperature >= 0, "at least 0 and finite")
+        _require_number("temperature", self.temperature, lambda value: value >= 0, "at least 0 and finite")
         if self.top_k is not None:
-            _require_integer("top_k", self.top_k, self.top_k >= 0 if _is_integer(self.top_k) else False, "at least 0")
-        _require_number("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
-        _require_number("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+            _require_integer("top_k", self.top_k, lambda value: value >= 0, "at least 0")
+        _require_number("top_p", self.top_p, lambda value: 0 < value <= 1, "in (0, 1]")
+        _require_number("min_p", self.min_p, lambda value: 0 <= value <= 1, "in [0, 1]")
 
     def with_seed(self, seed: int) -> Sampling:
         """The draw rule of the kernels. Temperature 0 is greedy, and greedy has no filter and no noise."""
@@ -60,10 +61,10 @@ class SpeculationConfig:
                     f"{name} must have one entry per stage, got {len(values)} for {len(self.stages)} stages"
                 )
             for value in values:
-                _require_integer(name, value, value >= 1, "at least 1")
-        _require_integer("budget", self.budget, self.budget >= 0, "at least 0")
-        _require_integer("max_depth", self.max_depth, 1 <= self.max_depth <= DEPTH_LIMIT, f"in [1, {DEPTH_LIMIT}]")
-        _require_number("tau", self.tau, self.tau > 0, "above 0")
+                _require_integer(name, value, lambda v: v >= 1, "at least 1")
+        _require_integer("budget", self.budget, lambda v: v >= 0, "at least 0")
+        _require_integer("max_depth", self.max_depth, lambda v: 1 <= v <= DEPTH_LIMIT, f"in [1, {DEPTH_LIMIT}]")
+        _require_number("tau", self.tau, lambda v: v > 0, "above 0")
 
     @property
     def capacity(self) -> int:
@@ -112,8 +113,7 @@ class Limits:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self):
-        value = self.max_new_tokens
-        _require_integer("max_new_tokens", value, _is_integer(value) and value >= 1, "at least 1")
+        _require_integer("max_new_tokens", self.max_new_tokens, lambda value: value >= 1, "at least 1")
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop_strings must be non-empty strings, got {stop!r}")
@@ -121,21 +121,23 @@ class Limits:
 
 def check_seed(seed: int) -> int:
     """``seed`` itself if it is an integer of 64 bits."""
-    _require_integer("seed", seed, _is_integer(seed) and 0 <= seed < 2**64, "in [0, 2**64)")
+    _require_integer("seed", seed, lambda value: 0 <= value < 2**64, "in [0, 2**64)")
     return int(seed)
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Any integer type but bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _require_integer(name: str, value: object, allowed: bool, wanted: str) -> None:
-    if not _is_integer(value):
+def _require_integer(name: str, value: object, allowed: Callable[[int], bool], wanted: str) -> None:
+    if not is_integer(value):
         raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
-    if not allowed:
+    if not allowed(value):
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
-def _require_number(name: str, value: object, allowed: bool, wanted: str) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value) or not allowed:
+def _require_number(name: str, value: object, allowed: Callable[[float], bool], wanted: str) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not allowed(value):
         raise ValueError(f"{name} must be a number {wanted}, got {value!r}")

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 
 from decoding import katz, text
-from decoding.config import METHODS, Limits, SamplingConfig, SpeculationConfig, check_seed, default_speculation
+from decoding.config import (
+    METHODS,
+    Limits,
+    SamplingConfig,
+    SpeculationConfig,
+    check_seed,
+    default_speculation,
+    is_integer,
+)
 from decoding.loop import Generation
 from decoding.stages import GPT2Stage, KatzStage, Stage
 from model import runtime, weights
@@ -163,9 +171,9 @@ class StagedDecoder:
         if len(ids) > context:
             raise ValueError(f"prompt has {len(ids)} tokens, the oracle's context is {context}")
         for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            if not is_integer(token) or not 0 <= token < vocab_size:
                 raise ValueError(f"prompt token ids must be integers in [0, {vocab_size}), got {token!r}")
-        return ids
+        return [int(token) for token in ids]
 
     def _eos(self, eos_token_id: int | list[int] | None, ignore_eos: bool) -> tuple[int, ...]:
         if ignore_eos:
@@ -174,7 +182,7 @@ class StagedDecoder:
             return self.oracle.model.config.eos_token_ids
         ids = tuple(eos_token_id) if isinstance(eos_token_id, list | tuple) else (eos_token_id,)
         for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.oracle.vocab_size:
+            if not is_integer(token) or not 0 <= token < self.oracle.vocab_size:
                 raise ValueError(f"eos_token_id must be in [0, {self.oracle.vocab_size}), got {token!r}")
         return ids
 

@@ -175,8 +175,9 @@ def load(directory: str | Path) -> SuccessorTable:
         tensors = load_file(directory / "table.safetensors")
     except Exception as error:
         raise ValueError(f"no draft2 table can be read from {directory}: {error}") from error
-    if card.get("format") != FORMAT:
-        raise ValueError(f"{directory}: format must be {FORMAT!r}, got {card.get('format')!r}")
+    found = card.get("format") if isinstance(card, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{directory}: format must be {FORMAT!r}, got {found!r}")
     try:
         table = SuccessorTable(
             tensors["keys"],
@@ -187,7 +188,7 @@ def load(directory: str | Path) -> SuccessorTable:
             int(card["vocab_size"]),
         )
         _check(table)
-    except (KeyError, AssertionError, TypeError) as error:
+    except (KeyError, AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{directory} is a corrupted draft2 table: {error}") from error
     return table
 

@@ -55,21 +55,41 @@ class GPT2Config:
             raise ValueError(f"activation_function must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
         if fields.get("add_cross_attention"):
             raise ValueError("add_cross_attention must be false: cross attention is not computed")
-        width, heads = fields.get("n_embd", 768), fields.get("n_head", 12)
+        width, heads = _positive(fields, "n_embd", 768), _positive(fields, "n_head", 12)
         if width % heads:
             raise ValueError(f"n_embd must be a multiple of n_head, got {width} and {heads}")
-        eos = fields.get("eos_token_id")
+        epsilon = fields.get("layer_norm_epsilon", 1e-5)
+        if not isinstance(epsilon, float) or not epsilon > 0:
+            raise ValueError(f"layer_norm_epsilon must be a number above 0, got {epsilon!r}")
+        vocab_size = _positive(fields, "vocab_size", 50257)
         return cls(
-            vocab_size=fields.get("vocab_size", 50257),
-            n_positions=fields.get("n_positions", 1024),
+            vocab_size=vocab_size,
+            n_positions=_positive(fields, "n_positions", 1024),
             n_embd=width,
-            n_layer=fields.get("n_layer", 12),
+            n_layer=_positive(fields, "n_layer", 12),
             n_head=heads,
-            n_inner=fields.get("n_inner") or 4 * width,
+            n_inner=4 * width if fields.get("n_inner") is None else _positive(fields, "n_inner", 0),
             activation=ACTIVATIONS[activation],
-            layer_norm_epsilon=fields.get("layer_norm_epsilon", 1e-5),
-            scale_attn_weights=fields.get("scale_attn_weights", True),
-            scale_attn_by_inverse_layer_idx=fields.get("scale_attn_by_inverse_layer_idx", False),
-            tie_word_embeddings=fields.get("tie_word_embeddings", True),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+            layer_norm_epsilon=epsilon,
+            scale_attn_weights=bool(fields.get("scale_attn_weights", True)),
+            scale_attn_by_inverse_layer_idx=bool(fields.get("scale_attn_by_inverse_layer_idx", False)),
+            tie_word_embeddings=bool(fields.get("tie_word_embeddings", True)),
+            eos_token_ids=eos_token_ids(fields.get("eos_token_id"), vocab_size),
         )
+
+
+def eos_token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """The ids that an ``eos_token_id`` field names: none, one or a list. An id beyond the vocabulary can never be drawn
+    and is left out, as in Hugging Face (small test models keep GPT-2's 50256). Raises ValueError for anything else."""
+    ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
+    return tuple(token for token in ids if token < vocab_size)
+
+
+def _positive(fields: Mapping[str, Any], name: str, default: int) -> int:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value

@@ -116,5 +116,7 @@ class GPT2:
         self, tokens: list[int], cache: PagedKVCache, sequence: int = 0, chunk: int = PREFILL_CHUNK
     ) -> torch.Tensor:
         """Commit any number of ``tokens`` in passes of at most ``chunk`` rows; hidden states [n, C] of all of them."""
-        parts = [self.append(tokens[i : i + chunk], cache, sequence) for i in range(0, len(tokens), chunk)]
-        return torch.cat(parts)
+        hidden = self.weights.wte.new_empty(len(tokens), self.config.n_embd)
+        for i in range(0, len(tokens), chunk):
+            hidden[i : i + chunk] = self.append(tokens[i : i + chunk], cache, sequence)
+        return hidden

@@ -44,7 +44,7 @@ class PagedKVCache:
         self.page_table = self._table if str(device) == "cpu" else self._table.to(device)
         self.cached_len = [0] * num_sequences
         self._free = list(range(num_pages, 0, -1))
-        self._reserved: dict[int, int] = {}  # page -> slots of it that tree nodes hold
+        self._reserved: dict[int, set[int]] = {}  # page -> slots of it that tree nodes hold
 
     @property
     def num_free_pages(self) -> int:
@@ -86,21 +86,25 @@ class PagedKVCache:
         pages = self._take(-(-count // size))
         slots = [page * size + offset for page in pages for offset in range(size)][:count]
         for slot in slots:
-            self._reserved[slot // size] = self._reserved.get(slot // size, 0) + 1
+            self._reserved.setdefault(slot // size, set()).add(slot)
         return torch.tensor(slots, dtype=torch.int32)
 
     def release(self, slots: list[int]) -> None:
         """Give back slots of tree nodes; a page is free again when all its slots are."""
         for slot in slots:
             page = slot // self.page_size
-            self._reserved[page] -= 1
-            if self._reserved[page] == 0:
+            held = self._reserved.get(page, set())
+            assert slot in held, f"slot {slot} is not reserved"
+            held.remove(slot)
+            if not held:
                 del self._reserved[page]
                 self._free.append(page)
 
     def commit(self, slots: list[int], sequence: int = 0) -> None:
         """Make tree nodes' rows the next positions of ``sequence``, in order; their reservations end."""
         start = self.cached_len[sequence]
+        if start + len(slots) > self.n_positions:
+            raise ValueError(f"{start} + {len(slots)} positions exceed the context of {self.n_positions}")
         if self.page_size == 1:
             for slot in slots:
                 del self._reserved[slot]

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from model.config import GPT2Config
+from model.config import GPT2Config, eos_token_ids
 
 # Buffers that old checkpoints carry: causal masks, not weights.
 _MASKS = (".attn.bias", ".attn.masked_bias")
@@ -91,10 +91,11 @@ def load(source: Any, dtype: torch.dtype, device: torch.device | str) -> tuple[G
     if hasattr(source, "state_dict"):
         config = GPT2Config.from_hf(source.config.to_dict())
         return config, from_state_dict(config, source.state_dict(), dtype, device)
+    source = Path(source)
     config = GPT2Config.from_hf(_read_json(source / "config.json"))
     generation = source / "generation_config.json"
     if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
-        config = GPT2Config(**{**vars(config), "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,)})
+        config = replace(config, eos_token_ids=eos_token_ids(eos, config.vocab_size))
     return config, from_state_dict(config, _read_tensors(source), dtype, device)
 
 
@@ -102,16 +103,19 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     files = sorted(directory.glob("*.safetensors"))
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = set(_read_json(index)["weight_map"].values())
+        names = set(_read_json(index).get("weight_map", {}).values())
         files = [directory / name for name in sorted(names)]
     elif len(files) > 1:
         raise ValueError(f"{directory} holds {len(files)} safetensors files and no model.safetensors.index.json")
@@ -132,7 +136,11 @@ def from_state_dict(
     config: GPT2Config, state: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device | str
 ) -> GPT2Weights:
     """Check a state dict against ``config`` and bring it into our layout. Raises ValueError as ``load`` does."""
+    given = len(state)
+    masks = sum(name.endswith(_MASKS) for name in state)
     state = {name.removeprefix("transformer."): tensor for name, tensor in state.items() if not name.endswith(_MASKS)}
+    if len(state) != given - masks:
+        raise ValueError("some weights are there twice, with and without the prefix 'transformer.'")
     head = state.pop("lm_head.weight", None)
     shapes = _expected_shapes(config)
     if missing := sorted(shapes.keys() - state.keys()):
@@ -140,7 +148,7 @@ def from_state_dict(
     if unexpected := sorted(state.keys() - shapes.keys()):
         raise ValueError(f"{len(unexpected)} weights are unexpected, first {unexpected[0]!r}")
     for name, shape in shapes.items():
-        _check_tensor(name, state[name], shape)
+        _check_tensor(name, state[name], shape, dtype)
 
     def put(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(device=device, dtype=dtype).contiguous()
@@ -179,15 +187,17 @@ def _head(config, head, wte_source, wte, put) -> torch.Tensor:
         return wte
     if head is None:
         raise ValueError("1 weights are missing, first 'lm_head.weight'")
-    _check_tensor("lm_head.weight", head, (config.vocab_size, config.n_embd))
+    _check_tensor("lm_head.weight", head, (config.vocab_size, config.n_embd), wte.dtype)
     return put(head)
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the config asks for {shape}")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} holds NaN or infinite values")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
+    if not torch.isfinite(tensor.to(dtype)).all():
+        raise ValueError(f"{name} holds NaN or infinite values, or values too large for {dtype}")
 
 
 def _expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:

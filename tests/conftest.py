@@ -32,7 +32,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``checkpoint(**fields)``: a directory with ``hf_model(**fields)`` saved once per session. Copy it to change it."""
+    """``checkpoint(**fields)``: a directory with ``hf_model(**fields)``, saved once per session; do not change it."""
     saved: dict[tuple, Path] = {}
 
     def save(**fields) -> Path:

@@ -29,18 +29,27 @@ class Tolerance(NamedTuple):
 
 
 # For comparisons with another implementation; equality contracts use torch.equal instead.
-TOLERANCES = {
-    torch.float64: Tolerance(1e-12, 0.0),
+TOLERANCES = {  # of one operation
+    torch.float32: Tolerance(1e-6, 1e-5),
+    torch.float16: Tolerance(1e-3, 2**-10),
+    torch.bfloat16: Tolerance(1e-3, 2**-7),
+}
+LOGIT_TOLERANCES = {  # through a whole small model, logits within about 20
     torch.float32: Tolerance(2e-4, 0.0),
-    torch.float16: Tolerance(2e-3, 2**-10),
-    torch.bfloat16: Tolerance(1e-2, 2**-7),
+    torch.float16: Tolerance(5e-2, 0.0),
+    torch.bfloat16: Tolerance(5e-1, 0.0),
 }
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+def assert_close(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    dtype: torch.dtype,
+    tolerances: dict[torch.dtype, Tolerance] = TOLERANCES,
+) -> None:
     """Assert that ``actual`` is finite and within the tolerance of ``dtype``; say how wrong it is and where."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    tolerance = TOLERANCES[dtype]
+    tolerance = tolerances[dtype]
     actual, expected = actual.double(), expected.double()
     error = (actual - expected).abs()
     wrong = ~(error <= tolerance.absolute + tolerance.relative * expected.abs())  # NaN is wrong

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_lossless import VOCAB, tiny_model
 from transformers import AutoTokenizer, TextStreamer
 
 from decoding import StagedDecoder, cli, staged_generate
 from decoding.config import METHODS
+from tests.test_lossless import VOCAB, tiny_model
 
 ROOT = Path(__file__).parent.parent
 

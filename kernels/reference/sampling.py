@@ -151,6 +151,8 @@ def _probe(table: SuccessorTable, previous: torch.Tensor, last: torch.Tensor) ->
         found = searching & (table.keys[bucket] == key)
         row = torch.where(found, table.rows[bucket].long(), row)
         searching = searching & ~found
+        if not searching.any():
+            break
         bucket = (bucket + 1) % table.keys.shape[0]
     return row
 

@@ -60,7 +60,9 @@ def insert_children(
     edges, sources, paths = tree.edge_scores.numpy(), tree.sources.numpy(), tree.paths.numpy()
     nodes = nodes.numpy()
     tree.scored.numpy()[nodes] = stage
-    guessed = np.flatnonzero(np.isin(parents[:n], nodes))
+    rescored = np.zeros(n, dtype=bool)
+    rescored[nodes] = True
+    guessed = 1 + np.flatnonzero(rescored[parents[1:n]])  # all but the root have a parent
     index_of = {(int(parents[i]), int(tokens[i])): int(i) for i in guessed}
     edges[guessed] = -np.inf
     for node, row, row_scores in zip(nodes.tolist(), children.tolist(), scores.tolist(), strict=True):

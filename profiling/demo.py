@@ -1,0 +1,91 @@
+"""The figures and the picture of the README's first screen: every method on the demo prompts, one coloured completion.
+
+    python -m profiling.demo [--tokens 128] [--repeats 3] [--out profiling/results]
+
+The same comparison as ``make demo``, greedy and sampled; the median of ``--repeats`` runs by tokens per second. Writes
+``demo.json``, ``demo.md`` and ``demo.svg``.
+"""
+
+import argparse
+import io
+import json
+import re
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from decoding import StagedDecoder
+from decoding.compare import DEMO_PROMPTS, HFGenerate, compare
+from decoding.decoder import BUNDLED
+from decoding.display import coloured, legend, stage_styles
+from profiling import machine
+
+SETTINGS = {"greedy": {}, "top-k 50, T = 1": {"do_sample": True, "top_k": 50, "temperature": 1.0}}
+
+
+def median_rows(decoder: StagedDecoder, hf: HFGenerate, tokens: int, sampling: dict, repeats: int) -> tuple[list, list]:
+    """Rows of ``compare`` with the median speed of each method; the other columns are the same in every run."""
+    runs = [compare(decoder, list(DEMO_PROMPTS), tokens, sampling, hf) for _ in range(repeats)]
+    rows = [dict(row) for row in runs[0][0]]
+    for i, row in enumerate(rows):
+        row["tokens_per_second"] = statistics.median(run[0][i]["tokens_per_second"] for run in runs)
+    base = next(row["tokens_per_second"] for row in rows if row["method"] == "baseline")
+    for row in rows:
+        row["speedup"] = row["tokens_per_second"] / base
+    return rows, runs[0][1]
+
+
+def markdown(tables: dict[str, list[dict]], conditions: str) -> str:
+    lines = [
+        "| decoding | method | tokens/s | vs baseline | tokens per oracle pass | bytes per token | identical |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for setting, rows in tables.items():
+        for row in rows:
+            moved = "" if row["relative_bytes"] is None else f"{row['relative_bytes']:.2f}"
+            lines.append(
+                f"| {setting} | {row['method']} | {row['tokens_per_second']:.0f} | {row['speedup']:.2f}x | "
+                f"{row['tokens_per_oracle_pass']:.2f} | {moved} | {row['identical']} |"
+            )
+    return "\n".join(lines) + f"\n\n{conditions}. Bytes per token (arithmetic) are relative to the baseline.\n"
+
+
+def picture(text: Text, key: Text) -> str:
+    """An SVG of a coloured completion; fonts are the reader's own, nothing is fetched."""
+    console = Console(record=True, width=100, file=io.StringIO(), highlight=False)
+    console.print(text)
+    console.print()
+    console.print(key)
+    return re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="staged generate --color"), flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("profiling/results"))
+    flags = parser.parse_args()
+    decoder = StagedDecoder.from_pretrained()
+    hf = HFGenerate(str(BUNDLED / "oracle"), decoder.oracle.model.dtype, decoder.oracle.model.device)
+    tables, outputs = {}, {}
+    for setting, sampling in SETTINGS.items():
+        tables[setting], outputs[setting] = median_rows(decoder, hf, flags.tokens, sampling, flags.repeats)
+    about = machine.describe()
+    conditions = (
+        f"{len(DEMO_PROMPTS)} prompts x {flags.tokens} tokens, batch 1, {decoder.runtime}; {about['device']}, "
+        f"torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`"
+    )
+    styles = stage_styles([stage.name for stage in decoder.lower])
+    out = outputs["greedy"][0]
+    shown = coloured(decoder.tokenizer, DEMO_PROMPTS[0], out.new_token_ids, out.token_stages, styles)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "demo.json").write_text(json.dumps({"about": about, "tables": tables}, indent=1) + "\n")
+    (flags.out / "demo.md").write_text(markdown(tables, conditions))
+    (flags.out / "demo.svg").write_text(picture(shown, legend(styles)))
+    print(markdown(tables, conditions))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""The loader takes every form of a GPT-2 checkpoint and refuses, by name, every one it would compute wrongly."""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.config import GPT2Config
+from model.weights import GPT2Weights, from_state_dict, load
+from tests.helpers import hf_model
+
+SHAPE = {"n_layer": 2, "n_head": 1}
+UNTIED = SHAPE | {"tie_word_embeddings": False}
+# Our names and the checkpoint's.
+TOP = {"wte": "wte.weight", "wpe": "wpe.weight", "ln_f_weight": "ln_f.weight", "ln_f_bias": "ln_f.bias"}
+LAYER = {
+    "ln_1_weight": "ln_1.weight",
+    "ln_1_bias": "ln_1.bias",
+    "c_attn_weight": "attn.c_attn.weight",
+    "c_attn_bias": "attn.c_attn.bias",
+    "attn_c_proj_weight": "attn.c_proj.weight",
+    "attn_c_proj_bias": "attn.c_proj.bias",
+    "ln_2_weight": "ln_2.weight",
+    "ln_2_bias": "ln_2.bias",
+    "c_fc_weight": "mlp.c_fc.weight",
+    "c_fc_bias": "mlp.c_fc.bias",
+    "mlp_c_proj_weight": "mlp.c_proj.weight",
+    "mlp_c_proj_bias": "mlp.c_proj.bias",
+}
+C_FC = "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path) -> Callable[..., Path]:
+    """``copied(**fields)``: a checkpoint directory of this test's own, to be damaged."""
+
+    def copy(**fields) -> Path:
+        return shutil.copytree(checkpoint(**fields), tmp_path / "checkpoint")
+
+    return copy
+
+
+def load32(source) -> tuple[GPT2Config, GPT2Weights]:
+    return load(source, torch.float32, "cpu")
+
+
+def edit_tensors(directory: Path, change: Callable[[dict], None]) -> Path:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def edit_config(directory: Path, **fields) -> Path:
+    """Set fields of config.json; ``...`` removes one."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+    return directory
+
+
+def assert_same_weights(actual: GPT2Weights, expected: GPT2Weights) -> None:
+    pairs = list(zip(actual.tensors(), expected.tensors(), strict=True))
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("fields", [SHAPE, UNTIED], ids=["tied", "untied"])
+def test_directory_and_memory_agree(checkpoint, fields):
+    """A saved directory and the model in memory give the same config and weights."""
+    config, weights = load32(checkpoint(**fields))
+    other_config, other_weights = load32(hf_model(**fields))
+    assert config == other_config
+    assert_same_weights(weights, other_weights)
+
+
+def test_every_parameter_arrives():
+    """Matrices are transposed, everything else is taken as it is, and each lands under its own name."""
+    model = hf_model(**SHAPE)
+    state, (_, weights) = model.state_dict(), load32(model)
+    for i, layer in enumerate(weights.layers):
+        assert vars(layer).keys() == LAYER.keys()
+        for name, source in LAYER.items():
+            tensor = state[f"transformer.h.{i}.{source}"]
+            assert torch.equal(getattr(layer, name), tensor.t() if tensor.dim() == 2 else tensor), name
+            assert getattr(layer, name).is_contiguous(), name
+    for name, source in TOP.items():
+        assert torch.equal(getattr(weights, name), state[f"transformer.{source}"]), name
+    assert weights.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_tied_head_is_the_embedding(checkpoint):
+    """A tied head is not stored twice, and an untied one is its own tensor."""
+    _, tied = load32(checkpoint(**SHAPE))
+    _, untied = load32(checkpoint(**UNTIED))
+    assert tied.lm_head is tied.wte
+    assert not torch.equal(untied.lm_head, untied.wte)
+
+
+def test_dtype_is_converted(checkpoint):
+    """Weights come in the dtype that was asked for, rounded once from the checkpoint's."""
+    _, exact = load32(checkpoint(**SHAPE))
+    _, half = load(checkpoint(**SHAPE), torch.bfloat16, "cpu")
+    assert {tensor.dtype for tensor in half.tensors()} == {torch.bfloat16}
+    assert torch.equal(half.wte, exact.wte.bfloat16())
+
+
+def test_sharded_checkpoint(checkpoint, tmp_path):
+    """Several files and an index are one checkpoint."""
+    hf_model(**SHAPE).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_same_weights(load32(tmp_path)[1], load32(checkpoint(**SHAPE))[1])
+
+
+def test_shards_without_an_index(tmp_path):
+    """Without the index it is not known which files belong together."""
+    hf_model(**SHAPE).save_pretrained(tmp_path, max_shard_size="100KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"safetensors files and no model\.safetensors\.index\.json"):
+        load32(tmp_path)
+
+
+def test_missing_shard(tmp_path):
+    """A file that the index names and that is not there is named."""
+    hf_model(**SHAPE).save_pretrained(tmp_path, max_shard_size="100KB")
+    shard = min(tmp_path.glob("*.safetensors"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=shard.name):
+        load32(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""], ids=["with-prefix", "without-prefix"])
+def test_old_checkpoints(copied, checkpoint, prefix):
+    """Old files carry causal masks as buffers and may lack the "transformer." prefix: both load."""
+
+    def age(tensors: dict) -> None:
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("transformer.")] = tensors.pop(name)
+        for i in range(2):
+            tensors[f"{prefix}h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8).tril().bool()
+            tensors[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+
+    _, weights = load32(edit_tensors(copied(**SHAPE), age))
+    assert_same_weights(weights, load32(checkpoint(**SHAPE))[1])
+
+
+def test_tied_head_stored_twice(copied):
+    """A tied checkpoint may store the head as well, as long as it is the embedding."""
+    directory = copied(**SHAPE)
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone()}))
+    _, weights = load32(directory)
+    assert weights.lm_head is weights.wte
+
+
+def test_tied_head_that_differs(copied):
+    """A head that the config calls tied and that is not would be silently lost."""
+    directory = copied(**SHAPE)
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from wte\.weight .*tie_word_embeddings"):
+        load32(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.wte.weight", "transformer.h.0.ln_1.bias", "transformer.ln_f.weight", C_FC]
+)
+def test_missing_weight(copied, name):
+    """Each kind of missing weight is named."""
+    with pytest.raises(ValueError, match=f"missing.*'{name.removeprefix('transformer.')}'"):
+        load32(edit_tensors(copied(**SHAPE), lambda tensors: tensors.pop(name)))
+
+
+def test_missing_head(copied):
+    """An untied config needs a head."""
+    with pytest.raises(ValueError, match=r"missing.*'lm_head\.weight'"):
+        load32(edit_tensors(copied(**UNTIED), lambda tensors: tensors.pop("lm_head.weight")))
+
+
+@pytest.mark.parametrize("name", ["h.2.ln_1.weight", "h.0.crossattention.q_attn.weight", "score.weight"])
+def test_unexpected_weight(copied, name):
+    """A weight that the forward pass would not use is named: one layer more, another kind of model."""
+    with pytest.raises(ValueError, match=f"unexpected.*'{name}'"):
+        load32(edit_tensors(copied(**SHAPE), lambda tensors: tensors.update({name: torch.ones(64)})))
+
+
+@pytest.mark.parametrize("name", ["transformer.wpe.weight", C_FC, "lm_head.weight"])
+def test_misshapen_weight(copied, name):
+    """A weight of the wrong shape is named with both shapes."""
+
+    def cut(tensors: dict) -> None:
+        tensors[name] = tensors[name][:-1].clone()
+
+    with pytest.raises(ValueError, match=rf"{name.removeprefix('transformer.')} has shape \(.*the config asks for \("):
+        load32(edit_tensors(copied(**UNTIED), cut))
+
+
+def test_transposed_weight(copied):
+    """torch's [out, in] in place of the checkpoint's [in, out] is misshapen, not transposed silently."""
+
+    def transpose(tensors: dict) -> None:
+        tensors[C_FC] = tensors[C_FC].t().contiguous()
+
+    with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc\.weight has shape \(256, 64\).*asks for \(64, 256\)"):
+        load32(edit_tensors(copied(**SHAPE), transpose))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["transformer.wte.weight", C_FC, "lm_head.weight"])
+def test_weight_that_is_not_finite(copied, name, value):
+    """One NaN or infinite value anywhere is found and its tensor named."""
+
+    def spoil(tensors: dict) -> None:
+        tensors[name].view(-1)[-1] = value
+
+    with pytest.raises(ValueError, match=f"{name.removeprefix('transformer.')} holds NaN or infinite values"):
+        load32(edit_tensors(copied(**UNTIED), spoil))
+
+
+UNFIT_CONFIGS = {
+    "other-model": ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
+    "no-model-type": ({"model_type": ...}, "model_type must be 'gpt2', got None"),
+    "activation": ({"activation_function": "relu"}, "activation_function must be one of .*got 'relu'"),
+    "cross-attention": ({"add_cross_attention": True}, "add_cross_attention must be false"),
+    "uneven-heads": ({"n_head": 7}, "n_embd must be a multiple of n_head, got 64 and 7"),
+    "other-width": ({"n_embd": 128, "n_head": 2}, "has shape .*the config asks for"),
+    "layer-too-many": ({"n_layer": 3}, r"missing.*'h\.2\."),
+    "layer-too-few": ({"n_layer": 1}, r"unexpected.*'h\.1\."),
+    "vocabulary": ({"vocab_size": 98}, r"wte\.weight has shape \(97, 64\), the config asks for \(98, 64\)"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), UNFIT_CONFIGS.values(), ids=UNFIT_CONFIGS)
+def test_config_that_does_not_fit(copied, fields, message):
+    """What the forward pass does not compute, and what disagrees with the weights, is refused."""
+    with pytest.raises(ValueError, match=message):
+        load32(edit_config(copied(**SHAPE), **fields))
+
+
+def test_missing_config(copied):
+    """A directory without config.json is no checkpoint; the file is named."""
+    directory = copied(**SHAPE)
+    (directory / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load32(directory)
+
+
+def test_config_that_is_not_json(copied):
+    directory = copied(**SHAPE)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        load32(directory)
+
+
+def test_missing_weights_file(copied):
+    directory = copied(**SHAPE)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+        load32(directory)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1], ids=["empty", "cut-in-the-header", "cut-in-the-data"])
+def test_corrupted_weights_file(copied, keep):
+    """A file that was cut anywhere is named; it is never read in part."""
+    directory = copied(**SHAPE)
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
+        load32(directory)
+
+
+def test_defaults_of_an_old_config(copied):
+    """Fields that old configs do not have take GPT-2's values, which are Hugging Face's defaults."""
+    absent = ["n_inner", "activation_function", "tie_word_embeddings", "scale_attn_weights", "add_cross_attention"]
+    config, _ = load32(edit_config(copied(**SHAPE), **dict.fromkeys(absent, ...)))
+    assert (config.n_inner, config.activation, config.tie_word_embeddings) == (256, "gelu_tanh", True)
+    assert config.attention_scale(1) == 64**-0.5
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(5, (5,)), ([5, 6], (5, 6)), (None, (0,))], ids=["one", "two", "none"])
+def test_generation_config_names_the_end(copied, eos, expected):
+    """The end-of-text ids of generation_config.json win over config.json's, as in Hugging Face."""
+    directory = copied(**SHAPE)
+    (directory / "generation_config.json").write_text(json.dumps({} if eos is None else {"eos_token_id": eos}))
+    assert load32(directory)[0].eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_head": 0}, "n_head must be an integer of at least 1, got 0"),
+        ({"n_head": -1}, "n_head must be an integer of at least 1, got -1"),
+        ({"n_embd": "64"}, "n_embd must be an integer of at least 1, got '64'"),
+        ({"n_layer": None}, "n_layer must be an integer of at least 1, got None"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number above 0"),
+        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon must be a number above 0"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a token id"),
+    ],
+    ids=str,
+)
+def test_config_values_of_the_wrong_kind(fields, message):
+    """A config is checked before it is used: no TypeError from inside the loader, nothing taken silently."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GPT2Config.from_hf({"model_type": "gpt2", **fields})
+
+
+def test_files_that_are_json_but_not_objects(copied):
+    directory = copied()
+    (directory / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        load(directory, torch.float32, "cpu")
+
+
+def test_values_too_large_for_the_dtype():
+    """1e6 is finite in the checkpoint and infinite as float16."""
+    model = copy.deepcopy(hf_model())
+    with torch.no_grad():
+        model.transformer.ln_f.bias[3] = 1e6
+    load(model, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="ln_f.bias.*float16"):
+        load(model, torch.float16, "cpu")
+
+
+def test_integer_weights_and_doubled_names():
+    model = hf_model()
+    config = GPT2Config.from_hf(model.config.to_dict())
+    state = dict(model.state_dict())
+    with pytest.raises(ValueError, match="there twice"):
+        from_state_dict(config, state | {"wte.weight": state["transformer.wte.weight"]}, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="floating-point"):
+        from_state_dict(
+            config, state | {"transformer.ln_f.bias": torch.zeros(64, dtype=torch.int8)}, torch.float32, "cpu"
+        )
