@@ -123,7 +123,8 @@ def train(
 
     The row's ``loss`` is the training loss since the last one; ``heldout_loss`` is always the next-token loss. With a
     teacher, the last ``teacher_share`` of the budget minimises the cross-entropy against its law: the first part
-    sees several times as many tokens in the same time. ``compiled`` needs a C++ compiler and is 1.3 times as fast on a CPU.
+    sees several times as many tokens in the same time. ``compiled`` needs a C++ compiler and is 1.3 times as fast on
+    a CPU.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(config).to(device).train()

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from decoding import StagedDecoder
+from decoding import SpeculationConfig, StagedDecoder
 from decoding.compare import HFGenerate
+from decoding.config import METHODS, chain
 from decoding.decoder import BUNDLED
 from profiling import machine, prompts
 
@@ -36,22 +37,25 @@ def noisy_copy(model, relative_noise: float, seed: int = 0):
     return copied
 
 
+SHAPES = {"chain": chain(3), "tree": SpeculationConfig(("draft",), (3,), (4,), (3,), 15, 4)}
+
+
 def decoders(
     oracle: str | Path, draft: str | Path, table: str | Path, hf_model
-) -> dict[str, tuple[StagedDecoder, str]]:
-    """What is compared: name -> (decoder, method)."""
-    noisy, useless = noisy_copy(hf_model, 0.25), noisy_copy(hf_model, 5.0)
+) -> dict[str, tuple[StagedDecoder, dict]]:
+    """What is compared: name -> (decoder, arguments of ``generate``)."""
+    noisy, useless = noisy_copy(hf_model, 0.3), noisy_copy(hf_model, 5.0)
 
     def load(draft=None, draft2=None):
         return StagedDecoder.from_pretrained(oracle, draft=draft, draft2=draft2, device="cpu", dtype="float32")
 
     trio = load(draft, table)
-    chosen = {method: (trio, method) for method in ("baseline", "speculative", "tree", "staged")}
-    chosen["four stages"] = (load([draft, noisy], table), None)
+    chosen = {method: (trio, {"method": method}) for method in METHODS}
+    chosen["four stages"] = (load([draft, noisy], table), {})
     for name, model in (("oracle + noise", noisy), ("oracle", hf_model), ("random weights", useless)):
         decoder = load(model)
-        chosen[f"chain, draft = {name}"] = (decoder, "speculative")
-        chosen[f"tree, draft = {name}"] = (decoder, "tree")
+        for shape, config in SHAPES.items():
+            chosen[f"{shape}, draft = {name}"] = (decoder, {"speculation": config})
     return chosen
 
 
@@ -63,8 +67,8 @@ def run(chosen: dict, hf: HFGenerate, prompt_ids: list[list[int]], num_tokens: i
     }
     for index, ids in enumerate(track(prompt_ids, description="equality", disable=not sys.stderr.isatty())):
         want = hf.generate(ids, num_tokens)
-        for name, (decoder, method) in chosen.items():
-            out = decoder.generate(ids, max_new_tokens=num_tokens, method=method, ignore_eos=True)
+        for name, (decoder, arguments) in chosen.items():
+            out = decoder.generate(ids, max_new_tokens=num_tokens, ignore_eos=True, **arguments)
             row = rows[name]
             _count(row, out)
             if out.new_token_ids == want:

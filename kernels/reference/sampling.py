@@ -60,7 +60,7 @@ def draw(
 
     Example: logits [0, 2, 1], greedy, two children, tau 1: token 1, children [1, 2], scores [-0.41, -1.41].
     """
-    scores, ids = _candidates(logits.float(), sampling)
+    scores, ids = _candidates(logits.float(), sampling, num_children)
     if sampling.noise:
         scores = scores + gumbel_noise(sampling.seed, positions[:, None], ids)
     best = scores.amax(-1, keepdim=True)
@@ -72,14 +72,15 @@ def draw(
         empty = logits.new_empty(logits.shape[0], 0)
         return tokens, empty.int(), empty.float()
     scaled = scores / tau
-    top, index = scaled.topk(min(width, scaled.shape[1]), dim=-1)
+    ranked = scaled.masked_fill(ids == tokens[:, None], math.inf)  # of equal scores, the drawn token comes first
+    index = ranked.topk(width, dim=-1).indices
     children = ids.expand_as(scores).gather(1, index).int()
-    return tokens, children, top - scaled.logsumexp(-1, keepdim=True)
+    return tokens, children, scaled.gather(1, index) - scaled.logsumexp(-1, keepdim=True)
 
 
-def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores after temperature and filters (-inf = filtered), with their token ids: the whole vocabulary, or a fixed
-    number of the best where top-k leaves few survivors. Ids are int64 [1 or N, W]."""
+def _candidates(logits: torch.Tensor, sampling: Sampling, at_least: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores after temperature and filters (-inf = filtered), with their token ids: the whole vocabulary, or the best
+    ``at_least`` and more where top-k leaves few survivors. Ids are int64 [1 or N, W], rising along a row."""
     everyone = torch.arange(logits.shape[1], device=logits.device)[None]
     if not sampling.noise:
         return logits, everyone
@@ -87,7 +88,7 @@ def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor,
     if not 0 < sampling.top_k < logits.shape[1]:
         return _nucleus(scores, everyone, sampling), everyone
     kth = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-    width = -(-sampling.top_k // 16) * 16 + 16  # room for ties at the k-th value, all of which survive
+    width = -(-max(sampling.top_k, at_least) // 16) * 16 + 16  # room for ties at the k-th value, which all survive
     num_survivors = int((scores >= kth).sum(-1).max())
     if num_survivors <= width < logits.shape[1] and not bool(kth.isnan().any()):
         scores, ids = scores.topk(width, dim=-1)
