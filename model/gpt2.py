@@ -54,28 +54,24 @@ class GPT2:
         """
         ops, config, weights = self.ops, self.config, self.weights
         committed = torch.tensor(cache.cached_len, dtype=torch.int32, device=self.device)
-        table, size = cache.page_table, cache.page_size
-        tail_slots = ops.path_slots(
-            table, size, committed, query.sequences, query.positions, query.paths, query.node_slots
+        route = ops.route(
+            cache.page_table,
+            cache.page_size,
+            committed,
+            query.sequences,
+            query.positions,
+            query.paths,
+            query.node_slots,
+            query.slot_mapping,
         )
         eps = config.layer_norm_epsilon
         x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe)  # [N, C]
         for i, layer in enumerate(weights.layers):
             k, v = cache.k[i], cache.v[i]
             q = ops.layer_norm_qkv(
-                x,
-                layer.ln_1_weight,
-                layer.ln_1_bias,
-                eps,
-                layer.c_attn_weight,
-                layer.c_attn_bias,
-                k,
-                v,
-                query.slot_mapping,
+                x, layer.ln_1_weight, layer.ln_1_bias, eps, layer.c_attn_weight, layer.c_attn_bias, k, v, route
             )
-            mixed = ops.tree_attention(
-                q, k, v, table, size, query.sequences, query.positions, tail_slots, config.attention_scale(i)
-            )
+            mixed = ops.tree_attention(q, k, v, route, config.attention_scale(i))
             x = ops.linear_residual(mixed, layer.attn_c_proj_weight, layer.attn_c_proj_bias, x)
             h = ops.layer_norm_linear(
                 x, layer.ln_2_weight, layer.ln_2_bias, eps, layer.c_fc_weight, layer.c_fc_bias, config.activation

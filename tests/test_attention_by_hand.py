@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.layout import TAIL_LANES, shared_end
-from kernels.reference import path_slots, tree_attention
+from kernels.reference import path_slots, route, tree_attention
 from tests.helpers import TOLERANCES, assert_close, tree_of
 
 #        0             the root
@@ -76,8 +76,9 @@ def test_tree_attention(length, page_size, dtype):
     positions = length + torch.tensor(DEPTHS, dtype=torch.int32)
     committed = torch.tensor([length + 1], dtype=torch.int32)
     paths = tree_of(PARENTS, [0] * 7).paths
-    tail = path_slots(table, page_size, committed, sequences, positions, paths, node_slots)
-    out = tree_attention(q, k_cache, v_cache, table, page_size, sequences, positions, tail, DIM**-0.5)
+    nowhere = torch.full((7,), -1, dtype=torch.int32)
+    where = route(table, page_size, committed, sequences, positions, paths, node_slots, nowhere)
+    out = tree_attention(q, k_cache, v_cache, where, DIM**-0.5)
 
     seen = torch.cat([torch.ones(7, length), torch.tensor(ANCESTORS)], dim=1).bool()
     assert_close(out, dense_attention(q, k, v, seen), dtype)

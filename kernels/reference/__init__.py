@@ -7,6 +7,7 @@ from kernels.reference.forward import (
     linear_residual,
     lm_head,
     path_slots,
+    route,
     tree_attention,
 )
 from kernels.reference.sampling import draw, gumbel_noise, hash_context, lookup, philox
@@ -27,6 +28,7 @@ __all__ = [
     "path_slots",
     "philox",
     "reroot",
+    "route",
     "select_nodes",
     "tree_attention",
     "verify",

@@ -6,6 +6,9 @@ has a fixed width and order, and element-wise functions whose vector tails diffe
 pieces without tails. Dimension letters are explained in ``model/config.py``.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -41,37 +44,57 @@ def layer_norm_linear(
     return y if activation is None else _elementwise(_ACTIVATIONS[activation], y)
 
 
-def layer_norm_qkv(
-    x: torch.Tensor,  # [N, C]
-    norm_weight: torch.Tensor,  # [C]
-    norm_bias: torch.Tensor,  # [C]
-    eps: float,
-    weight: torch.Tensor,  # [3 C, C], rows ordered query, key, value
-    bias: torch.Tensor,  # [3 C]
-    k_cache: torch.Tensor,  # [slots, H, D], written
-    v_cache: torch.Tensor,  # [slots, H, D], written
-    slot_mapping: torch.Tensor,  # int32 [N], -1 = do not write this row
-) -> torch.Tensor:
-    """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
-    qkv = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
-    q, k, v = qkv.view(x.shape[0], 3, *k_cache.shape[1:]).unbind(1)
-    live = (slot_mapping >= 0).nonzero().squeeze(1)
-    slots = slot_mapping[live]
-    k_cache[slots] = k[live]
-    v_cache[slots] = v[live]
-    return q
+class Window(NamedTuple):
+    """SHARED_WINDOW consecutive positions of one sequence, read by up to ROW_BLOCK rows at once."""
+
+    slots: torch.Tensor  # int64 [SHARED_WINDOW]
+    dead: torch.Tensor  # bool [ROW_BLOCK, SHARED_WINDOW]
 
 
-def path_slots(
-    page_table: torch.Tensor,  # int32 [B, pages per sequence]
+class Block(NamedTuple):
+    """What up to ROW_BLOCK rows read: windows in position order, then each row's own tail."""
+
+    rows: slice
+    tail_slots: torch.Tensor  # int64 [R * TAIL_LANES], R the rows, made a multiple of _TAIL_ROWS
+    tail_dead: torch.Tensor  # bool [R, 1, TAIL_LANES]
+    windows: list[Window]
+
+
+class Route(NamedTuple):
+    """Where the rows of one pass write and read; the same for every layer."""
+
+    write_rows: torch.Tensor | None  # int64 [n], None = all rows
+    write_slots: torch.Tensor  # int64 [n]
+    blocks: list[Block]
+
+
+def route(
+    page_table: torch.Tensor,  # int32 [B, pages per sequence], NULL_PAGE beyond the last page
     page_size: int,
     committed: torch.Tensor,  # int32 [B], positions resolved by the page table, the root's included
     sequences: torch.Tensor,  # int32 [N], the sequence each row belongs to
     positions: torch.Tensor,  # int32 [N]
-    paths: torch.Tensor,  # int32 [N, DEPTH_LIMIT + 1], node ids, root first
+    paths: torch.Tensor,  # int32 [N, depth + 1], node ids, root first
     node_slots: torch.Tensor,  # int32 [nodes], where each node's K/V lies
-) -> torch.Tensor:
-    """Slot of each tail lane: int32 [N, TAIL_LANES]; dead lanes point into the null page.
+    slot_mapping: torch.Tensor,  # int32 [N], where each row's K/V goes, -1 = nowhere
+) -> Route:
+    """Resolve positions and paths to slots, once per pass, for ``layer_norm_qkv`` and ``tree_attention``."""
+    tails = path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots)
+    ends = shared_end(positions)
+    blocks = []
+    for start in range(0, len(positions), ROW_BLOCK):
+        rows = slice(start, min(start + ROW_BLOCK, len(positions)))
+        tail = F.pad(tails[rows], (0, 0, 0, -(rows.stop - start) % _TAIL_ROWS), value=NULL_PAGE)
+        windows = list(_windows(page_table, page_size, sequences[rows], ends[rows]))
+        blocks.append(Block(rows, tail.flatten().long(), (tail < page_size)[:, None], windows))
+    if bool((slot_mapping >= 0).all()):
+        return Route(None, slot_mapping.long(), blocks)
+    write_rows = (slot_mapping >= 0).nonzero().squeeze(1)
+    return Route(write_rows, slot_mapping[write_rows].long(), blocks)
+
+
+def path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> torch.Tensor:
+    """Slot of each tail lane: int32 [N, TAIL_LANES]; dead lanes point into the null page. Arguments as ``route``.
 
     Lane j of a row at position p stands for position shared_end(p) + j. Committed positions are found through the page
     table, later ones through the row's path: position ``committed - 1 + d`` is its ancestor at depth d.
@@ -83,84 +106,93 @@ def path_slots(
     depth = (lanes - num_committed + 1).clamp(0, paths.shape[1] - 1)
     nodes = paths.gather(1, depth.long()).clamp(min=0)
     slots = torch.where(lanes < num_committed, table, node_slots[nodes])
-    return torch.where(lanes <= positions[:, None], slots, NULL_PAGE)
+    return torch.where((lanes <= positions[:, None]) & (slots >= 0), slots, NULL_PAGE)
+
+
+def _windows(page_table, page_size, sequences, ends) -> Iterator[Window]:
+    """The shared windows of a block's rows; lanes dead for all rows read the null page."""
+    padding = ROW_BLOCK - len(ends)
+    for sequence in range(page_table.shape[0]):
+        mine = F.pad(ends * (sequences == sequence), (0, padding))  # [ROW_BLOCK]
+        end = int(mine.max())
+        for first in range(0, end, SHARED_WINDOW):
+            lanes = first + _arange(SHARED_WINDOW, ends)
+            pages = (lanes // page_size).clamp(max=page_table.shape[1] - 1)
+            slots = page_table[sequence, pages] * page_size + lanes % page_size
+            yield Window(torch.where(lanes < end, slots, NULL_PAGE).long(), lanes >= mine[:, None])
+
+
+def layer_norm_qkv(
+    x: torch.Tensor,  # [N, C]
+    norm_weight: torch.Tensor,  # [C]
+    norm_bias: torch.Tensor,  # [C]
+    eps: float,
+    weight: torch.Tensor,  # [3 C, C], rows ordered query, key, value
+    bias: torch.Tensor,  # [3 C]
+    k_cache: torch.Tensor,  # [slots, H, D], written
+    v_cache: torch.Tensor,  # [slots, H, D], written
+    route: Route,
+) -> torch.Tensor:
+    """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
+    qkv = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
+    q, k, v = qkv.view(x.shape[0], 3, *k_cache.shape[1:]).unbind(1)
+    if route.write_rows is not None:
+        k, v = k[route.write_rows], v[route.write_rows]
+    k_cache.index_copy_(0, route.write_slots, k)
+    v_cache.index_copy_(0, route.write_slots, v)
+    return q
 
 
 def tree_attention(
     q: torch.Tensor,  # [N, H, D]
     k_cache: torch.Tensor,  # [slots, H, D]
     v_cache: torch.Tensor,  # [slots, H, D]
-    page_table: torch.Tensor,  # int32 [B, pages per sequence], NULL_PAGE beyond the last page
-    page_size: int,
-    sequences: torch.Tensor,  # int32 [N]
-    positions: torch.Tensor,  # int32 [N]
-    tail_slots: torch.Tensor,  # int32 [N, TAIL_LANES], see path_slots
+    route: Route,
     scale: float,
 ) -> torch.Tensor:
-    """Each row attends to its own path: softmax(q k / sqrt(D)) v -> [N, H * D], sums in float32.
+    """Each row attends to its own path: softmax(scale q k) v -> [N, H * D], sums in float32.
 
     Work is cut into blocks of ROW_BLOCK rows. The maximum over all keys is exact in any order; the weighted sums are
     taken window by window in position order, then the tail. A dead lane has weight zero and reads finite values.
     """
-    num_rows, heads, dim = q.shape
-    out = q.new_empty(num_rows, heads * dim)
-    for start in range(0, num_rows, ROW_BLOCK):
-        rows = slice(start, min(start + ROW_BLOCK, num_rows))
-        block = _attention_block(
-            q[rows], k_cache, v_cache, page_table, page_size, sequences[rows], positions[rows], tail_slots[rows], scale
-        )
-        out[rows] = block.flatten(1)
-    return out
+    parts = [_attention_block(q[block.rows], k_cache, v_cache, block, scale) for block in route.blocks]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1).to(q.dtype)
 
 
-def _attention_block(q, k_cache, v_cache, page_table, page_size, sequences, positions, tail_slots, scale):
-    """At most ROW_BLOCK rows: [n, H, D] in q's dtype."""
+def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.Tensor:
+    """At most ROW_BLOCK rows: float32 [n, H, D]."""
     live, heads, dim = q.shape
-    rows = -(-live // _TAIL_ROWS) * _TAIL_ROWS
+    rows = len(block.tail_dead)
     queries = F.pad(q.float() * scale, (0, 0, 0, 0, 0, rows - live))  # [rows, H, D]
-    slots = F.pad(tail_slots, (0, 0, 0, rows - live), value=NULL_PAGE)
-    keys = k_cache[slots].float().transpose(1, 2)  # [rows, H, TAIL_LANES, D]
-    tail = torch.bmm(queries.view(-1, 1, dim), keys.flatten(0, 1).transpose(1, 2)).view(rows, heads, -1)
-    tail.masked_fill_((slots < page_size)[:, None], _DEAD)
+    keys = _gather(k_cache, block.tail_slots, rows)  # [rows * H, TAIL_LANES, D]
+    tail = torch.bmm(queries.view(-1, 1, dim), keys.transpose(1, 2))
+    tail = tail.view(rows, heads, TAIL_LANES).masked_fill_(block.tail_dead, _DEAD)
     maximum = tail.amax(-1)  # [rows, H]
 
-    windows = []  # scores [H, ROW_BLOCK, keys] and slots [keys], in position order
-    ends = shared_end(positions)
-    if int(ends.max()) > 0:
-        padding = ROW_BLOCK - live
-        by_head = F.pad(queries[:live], (0, 0, 0, 0, 0, padding)).transpose(0, 1).contiguous()  # [H, ROW_BLOCK, D]
-        windows = list(_shared_scores(by_head, k_cache, page_table, page_size, F.pad(sequences, (0, padding)), ends))
-        for scores, _ in windows:
-            maximum = torch.maximum(maximum, scores.amax(-1).t()[:rows])
-    total = torch.zeros_like(maximum)
-    mixed = torch.zeros_like(queries)
-    for scores, window_slots in windows:
-        weights = F.pad(maximum, (0, 0, 0, ROW_BLOCK - rows)).t()[..., None]
-        weights = torch.exp(scores - weights)  # [H, ROW_BLOCK, keys]
+    shared = []  # scores of each window, [H, ROW_BLOCK, SHARED_WINDOW]
+    if block.windows:
+        by_head = F.pad(queries[:live], (0, 0, 0, 0, 0, ROW_BLOCK - live)).transpose(0, 1).contiguous()
+    for window in block.windows:
+        keys = _gather(k_cache, window.slots, 1)  # [H, SHARED_WINDOW, D]
+        shared.append(torch.bmm(by_head, keys.transpose(1, 2)).masked_fill_(window.dead, _DEAD))
+        maximum = torch.maximum(maximum, shared[-1].amax(-1).t()[:rows])
+
+    total, mixed = torch.zeros_like(maximum), torch.zeros_like(queries)
+    for window, scores in zip(block.windows, shared, strict=True):
+        offset = F.pad(maximum, (0, 0, 0, ROW_BLOCK - rows)).t()[..., None]
+        weights = torch.exp(scores - offset)  # [H, ROW_BLOCK, keys]
         total += weights.sum(-1).t()[:rows]
-        values = v_cache[window_slots].float().transpose(0, 1)
-        mixed += torch.bmm(weights, values).transpose(0, 1)[:rows]
+        mixed += torch.bmm(weights, _gather(v_cache, window.slots, 1)).transpose(0, 1)[:rows]
     weights = torch.exp(tail - maximum[..., None])
     total += weights.sum(-1)
-    values = v_cache[slots].float().transpose(1, 2)
-    mixed += torch.bmm(weights.view(-1, 1, TAIL_LANES), values.flatten(0, 1)).view_as(mixed)
-    return (mixed / total[..., None])[:live].to(q.dtype)
+    mixed += torch.bmm(weights.view(-1, 1, TAIL_LANES), _gather(v_cache, block.tail_slots, rows)).view_as(mixed)
+    return (mixed / total[..., None])[:live]
 
 
-def _shared_scores(by_head, k_cache, page_table, page_size, sequences, ends):
-    """Scores of every window of every sequence, dead lanes masked; lanes dead for all rows read the null page."""
-    live = len(ends)
-    ends = F.pad(ends, (0, ROW_BLOCK - live))
-    for sequence in range(page_table.shape[0]):
-        mine = ends * (sequences == sequence)
-        for first in range(0, int(mine.max()), SHARED_WINDOW):
-            lanes = first + _arange(SHARED_WINDOW, ends)
-            dead = lanes >= mine[:, None]  # [ROW_BLOCK, keys]
-            pages = (lanes // page_size).clamp(max=page_table.shape[1] - 1)
-            slots = page_table[sequence, pages] * page_size + lanes % page_size
-            slots = torch.where(lanes < mine.max(), slots, NULL_PAGE)
-            keys = k_cache[slots].float().permute(1, 2, 0)  # [H, D, keys]
-            yield torch.bmm(by_head, keys).masked_fill_(dead, _DEAD), slots
+def _gather(cache: torch.Tensor, slots: torch.Tensor, groups: int) -> torch.Tensor:
+    """Rows of cache [slots, H, D] at slots [groups * n], head by head: float32 [groups * H, n, D]."""
+    rows = cache.index_select(0, slots).view(groups, -1, *cache.shape[1:]).transpose(1, 2)
+    return rows.new_empty(rows.shape, dtype=torch.float32).copy_(rows).flatten(0, 1)
 
 
 def _arange(end: int, like: torch.Tensor) -> torch.Tensor:

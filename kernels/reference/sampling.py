@@ -60,44 +60,42 @@ def draw(
 
     Example: logits [0, 2, 1], greedy, two children, tau 1: token 1, children [1, 2], scores [-0.41, -1.41].
     """
+    vocab_size = logits.shape[1]
     scores, ids = _candidates(logits.float(), sampling, num_children)
     if sampling.noise:
         scores = scores + gumbel_noise(sampling.seed, positions[:, None], ids)
-    best = scores.amax(-1, keepdim=True)
-    vocab_size = logits.shape[1]
-    tokens = torch.where(scores == best, ids, vocab_size).amin(-1)
-    tokens = torch.where(best.squeeze(-1).isnan(), -1, tokens).int()
+    drawn = scores.argmax(-1, keepdim=True)  # the first of equal scores, and ids rise along a row
+    ids = ids.expand_as(scores)
+    tokens = ids.gather(1, drawn).masked_fill(scores.gather(1, drawn).isnan(), -1).int().squeeze(1)
     width = min(num_children, vocab_size)
     if width == 0:
-        empty = logits.new_empty(logits.shape[0], 0)
-        return tokens, empty.int(), empty.float()
-    scaled = scores / tau
-    ranked = scaled.masked_fill(ids == tokens[:, None], math.inf)  # of equal scores, the drawn token comes first
-    index = ranked.topk(width, dim=-1).indices
-    children = ids.expand_as(scores).gather(1, index).int()
-    return tokens, children, scaled.gather(1, index) - scaled.logsumexp(-1, keepdim=True)
+        return tokens, tokens.new_empty(len(tokens), 0), scores.new_empty(len(tokens), 0)
+    best = scores.topk(width, dim=-1).indices
+    best = torch.where(best == drawn, best[:, :1], best)  # of equal scores, the drawn token comes first
+    best[:, :1] = drawn
+    edges = scores.gather(1, best) / tau - torch.logsumexp(scores / tau, dim=-1, keepdim=True)
+    return tokens, ids.gather(1, best).int(), edges
 
 
 def _candidates(logits: torch.Tensor, sampling: Sampling, at_least: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores after temperature and filters (-inf = filtered), with their token ids: the whole vocabulary, or the best
     ``at_least`` and more where top-k leaves few survivors. Ids are int64 [1 or N, W], rising along a row."""
-    everyone = torch.arange(logits.shape[1], device=logits.device)[None]
+    vocab_size, k = logits.shape[1], sampling.top_k
+    everyone = torch.arange(vocab_size, device=logits.device)[None]
     if not sampling.noise:
         return logits, everyone
-    scores = logits / sampling.temperature
-    if not 0 < sampling.top_k < logits.shape[1]:
-        return _nucleus(scores, everyone, sampling), everyone
-    kth = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-    width = -(-max(sampling.top_k, at_least) // 16) * 16 + 16  # room for ties at the k-th value, which all survive
-    num_survivors = int((scores >= kth).sum(-1).max())
-    if num_survivors <= width < logits.shape[1] and not bool(kth.isnan().any()):
-        scores, ids = scores.topk(width, dim=-1)
-        ids, order = ids.sort(-1)
-        scores = scores.gather(1, order)
+    if not 0 < k < vocab_size:
+        return _nucleus(logits / sampling.temperature, everyone, sampling), everyone
+    width = min(vocab_size, -(-max(k, at_least) // 16) * 16 + 16)  # room for ties at the k-th value: all survive
+    best, ids = logits.topk(width, dim=-1)
+    best = best / sampling.temperature
+    kth = best[:, k - 1 : k]
+    if bool((best[:, -1:] == kth).any()):  # more ties than there is room for
+        scores, ids = logits / sampling.temperature, everyone
     else:
-        ids = everyone
-    scores = scores.masked_fill(scores < kth, -math.inf)
-    return _nucleus(scores, ids, sampling), ids
+        ids, order = ids.sort(-1)
+        scores = best.gather(1, order)
+    return _nucleus(scores.masked_fill(scores < kth, -math.inf), ids, sampling), ids
 
 
 def _nucleus(scores: torch.Tensor, ids: torch.Tensor, sampling: Sampling) -> torch.Tensor:
