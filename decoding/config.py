@@ -84,6 +84,8 @@ def chain(num_tokens: int, stage: str = "draft") -> SpeculationConfig:
 def default_speculation(method: str | None, available: list[str]) -> SpeculationConfig:
     """The default shape of ``method`` on the stages there are, cheapest first; None means all of them.
 
+    A budget of 15 nodes fills one block of 16 rows together with the root, which is what a pass costs on a CPU anyway.
+
     Raises ValueError where the method needs a stage that is missing.
     """
     drafts = tuple(name for name in available if name != "draft2")
@@ -96,12 +98,12 @@ def default_speculation(method: str | None, available: list[str]) -> Speculation
     if method == "baseline":
         return SpeculationConfig()
     if method == "speculative":
-        return chain(5, drafts[-1])
+        return chain(4, drafts[-1])
     if method == "tree":
-        return SpeculationConfig(drafts[-1:], (6,), (8,), (6,), budget=31, max_depth=8)
+        return SpeculationConfig(drafts[-1:], (4,), (4,), (4,), budget=15, max_depth=8)
     lookup = ("draft2",) if "draft2" in available else ()
     n, m = len(lookup), len(drafts)
-    return SpeculationConfig(lookup + drafts, (4,) * n + (3,) * m, (6,) * n + (15,) * m, (4,) * n + (6,) * m, 31, 12)
+    return SpeculationConfig(lookup + drafts, (3,) * n + (2,) * m, (4,) * n + (15,) * m, (3,) * n + (4,) * m, 15, 12)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Statistics:
         Per stage: ``passes``; ``proposed`` and ``accepted`` nodes of the oracle's trees; ``tried``, the nodes
         on the walks that had a child of this stage; ``acceptance_rate`` = accepted / tried, and
         ``acceptance_rate_per_position[i]`` the same at the i-th token of an iteration. ``mean_acceptance_length`` =
-        tokens per oracle pass, the oracle's own included; the ``acceptance_rate_per_position`` beside it is that of all
+        tokens per oracle pass, the oracle's own included. The same five acceptance figures beside it are of all lower
         stages together. ``bytes_per_token`` is arithmetic: weights, K/V and table
         rows of all stages' passes. Prefill is in the seconds, not in passes and bytes.
         """
@@ -65,36 +65,30 @@ class Statistics:
         for index, stage in enumerate(stages):
             per_stage[stage.name] = {"passes": stage.passes}
             if index < len(stages) - 1:
-                per_stage[stage.name] |= self._acceptance(index)
+                per_stage[stage.name] |= self._acceptance(frozenset({index}))
         seconds = {stage.name: stage.seconds for stage in stages}
         return {
             "stages": per_stage,
             "mean_acceptance_length": num_tokens / max(1, stages[-1].passes),
-            "acceptance_rate_per_position": self._rates(lambda tried: tried, lambda source: source < len(stages) - 1)[
-                2
-            ],
+            **self._acceptance(frozenset(range(len(stages) - 1))),
             "tokens_per_second": num_tokens / self.seconds if self.seconds else 0.0,
             "seconds": seconds | {"host": self.seconds - sum(seconds.values()), "total": self.seconds},
             "prefill_seconds": sum(getattr(stage, "prefill_seconds", 0.0) for stage in stages),
             "bytes_per_token": sum(stage.bytes_moved for stage in stages) / max(1, num_tokens),
         }
 
-    def _acceptance(self, index: int) -> dict:
-        tried, accepted, per_position = self._rates(lambda tried: index in tried, lambda source: source == index)
-        return {
-            "proposed": sum(iteration.proposed[index] for iteration in self.iterations),
-            "tried": tried,
-            "accepted": accepted,
-            "acceptance_rate": accepted / max(1, tried),
-            "acceptance_rate_per_position": per_position,
-        }
-
-    def _rates(self, was_tried, was_accepted) -> tuple[int, int, list[float]]:
-        """Totals of tried and accepted over all emitted tokens, and their quotient per position of an iteration."""
+    def _acceptance(self, indices: frozenset[int]) -> dict:
+        """What the oracle's trees got from the stages ``indices``, in total and per position of an iteration."""
         depth = max((len(iteration.sources) for iteration in self.iterations), default=0)
         tried, accepted = [0] * depth, [0] * depth
         for iteration in self.iterations:
             for i, (stages, source) in enumerate(zip(iteration.tried, iteration.sources, strict=True)):
-                tried[i] += bool(was_tried(stages))
-                accepted[i] += bool(was_accepted(source))
-        return sum(tried), sum(accepted), [a / t for a, t in zip(accepted, tried, strict=True) if t]
+                tried[i] += bool(stages & indices)
+                accepted[i] += source in indices
+        return {
+            "proposed": sum(iteration.proposed[index] for iteration in self.iterations for index in indices),
+            "tried": sum(tried),
+            "accepted": sum(accepted),
+            "acceptance_rate": sum(accepted) / max(1, sum(tried)),
+            "acceptance_rate_per_position": [a / t for a, t in zip(accepted, tried, strict=True) if t],
+        }

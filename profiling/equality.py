@@ -1,6 +1,6 @@
 """Greedy equality in float32: every method and chain depth gives Hugging Face's own tokens.
 
-    python -m profiling.equality --prompts DIR [--tokens 64] [--limit N] [--out profiling/results]
+    python -m profiling.equality --prompts DIR [--tokens 64] [--limit N] [--jobs N] [--out profiling/results]
 
 For each prompt, plain greedy decoding by transformers is compared with every method of the bundled trio, with chains of
 one to four stages, and with drafts that are the oracle itself, the oracle plus noise, and random weights. A difference
@@ -11,7 +11,10 @@ is allowed only where transformers' own two best logits are closer than 1e-4; su
 import argparse
 import copy
 import json
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -59,17 +62,14 @@ def decoders(
     return chosen
 
 
-def run(chosen: dict, hf: HFGenerate, prompt_ids: list[list[int]], num_tokens: int) -> list[dict]:
+def run(chosen: dict, hf: HFGenerate, prompts_by_index: dict[int, list[int]], num_tokens: int) -> list[dict]:
     """One row per entry of ``chosen``: how many prompts equal transformers' tokens, where the others first differ."""
-    rows = {
-        name: {"equal": 0, "tied": [], "different": [], "accepted": 0, "tried": 0, "tokens": 0, "passes": 0}
-        for name in chosen
-    }
-    for index, ids in enumerate(track(prompt_ids, description="equality", disable=not sys.stderr.isatty())):
+    counters = {"prompts": 0, "equal": 0, "accepted": 0, "tried": 0, "tokens": 0, "passes": 0}
+    rows = [{"configuration": name, **counters, "tied": [], "different": []} for name in chosen]
+    for index, ids in track(prompts_by_index.items(), "equality", disable=not sys.stderr.isatty()):
         want = hf.generate(ids, num_tokens)
-        for name, (decoder, arguments) in chosen.items():
+        for row, (decoder, arguments) in zip(rows, chosen.values(), strict=True):
             out = decoder.generate(ids, max_new_tokens=num_tokens, ignore_eos=True, **arguments)
-            row = rows[name]
             _count(row, out)
             if out.new_token_ids == want:
                 row["equal"] += 1
@@ -77,15 +77,23 @@ def run(chosen: dict, hf: HFGenerate, prompt_ids: list[list[int]], num_tokens: i
             at = next(i for i, (a, b) in enumerate(zip(out.new_token_ids, want, strict=True)) if a != b)
             place = {"prompt": index, "token": at, "gap": hf.top_two_gap(ids + want[:at])}
             row["tied" if place["gap"] < TIE else "different"].append(place)
-    return [{"configuration": name, "prompts": len(prompt_ids), **row} for name, row in rows.items()]
+    return rows
+
+
+def merged(parts: list[list[dict]]) -> list[dict]:
+    """Rows of several runs over different prompts as one: counts and lists are added."""
+    return [
+        {key: row[key] if key == "configuration" else sum((other[key] for other in rest), row[key]) for key in row}
+        for row, *rest in zip(*parts, strict=True)
+    ]
 
 
 def _count(row: dict, out) -> None:
+    row["prompts"] += 1
     row["tokens"] += len(out.new_token_ids)
     row["passes"] += out.stats["stages"]["oracle"]["passes"]
-    for stage in out.stats["stages"].values():
-        row["accepted"] += stage.get("accepted", 0)
-        row["tried"] += stage.get("tried", 0)
+    row["accepted"] += out.stats["accepted"]
+    row["tried"] += out.stats["tried"]
 
 
 def markdown(rows: list[dict], num_tokens: int, about: dict) -> str:
@@ -113,19 +121,31 @@ def markdown(rows: list[dict], num_tokens: int, about: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def run_bundled(prompts_by_index: dict[int, list[int]], num_tokens: int, threads: int) -> list[dict]:
+    """``run`` with the bundled trio, in a process of its own."""
+    torch.set_num_threads(threads)
+    hf = HFGenerate(str(BUNDLED / "oracle"), torch.float32, torch.device("cpu"))
+    chosen = decoders("bundled", BUNDLED / "draft", BUNDLED / "draft2", hf.model)
+    return run(chosen, hf, prompts_by_index, num_tokens)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--limit", type=int, help="only the first N prompts")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the prompts")
     parser.add_argument("--out", type=Path, default=Path("profiling/results"))
     flags = parser.parse_args()
-    hf = HFGenerate(str(BUNDLED / "oracle"), torch.float32, torch.device("cpu"))
-    chosen = decoders("bundled", BUNDLED / "draft", BUNDLED / "draft2", hf.model)
+    decoder = StagedDecoder.from_pretrained(device="cpu", dtype="float32")
+    context = decoder.oracle.model.config.n_positions
     texts = prompts.humaneval(flags.prompts)[: flags.limit]
-    context = hf.model.config.n_positions
-    prompt_ids = [chosen["baseline"][0].tokenizer.encode(text).ids[-(context - flags.tokens) :] for text in texts]
-    rows = run(chosen, hf, prompt_ids, flags.tokens)
+    ids = {i: decoder.encode(text)[-(context - flags.tokens) :] for i, text in enumerate(texts)}
+    shares = [dict(list(ids.items())[job :: flags.jobs]) for job in range(min(flags.jobs, len(ids)))]
+    threads = max(1, os.cpu_count() // len(shares))
+    with ProcessPoolExecutor(len(shares), mp_context=multiprocessing.get_context("spawn")) as pool:
+        parts = [pool.submit(run_bundled, share, flags.tokens, threads) for share in shares]
+        rows = merged([part.result() for part in parts])
     about = machine.describe()
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / "equality.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

@@ -146,7 +146,7 @@ def greedy_rows():
     """Eight prompts x 24 tokens of the bundled oracle, all configurations of ``profiling.equality``."""
     hf = HFGenerate(str(BUNDLED / "oracle"), torch.float32, torch.device("cpu"))
     chosen = equality.decoders("bundled", BUNDLED / "draft", BUNDLED / "draft2", hf.model)
-    prompt_ids = [chosen["baseline"][0].encode(prompt) for prompt in PROMPTS]
+    prompt_ids = {i: chosen["baseline"][0].encode(prompt) for i, prompt in enumerate(PROMPTS)}
     return {row["configuration"]: row for row in equality.run(chosen, hf, prompt_ids, 24)}
 
 
