@@ -53,12 +53,12 @@ class Statistics:
     def summary(self, stages: list) -> dict:
         """The public figures; ``stages`` are the stage objects in the order of ``names``.
 
-        Per stage: ``passes``; ``proposed`` and ``accepted`` nodes of the oracle's trees; ``tried``, the nodes
-        on the walks that had a child of this stage; ``acceptance_rate`` = accepted / tried, and
-        ``acceptance_rate_per_position[i]`` the same at the i-th token of an iteration. ``mean_acceptance_length`` =
-        tokens per oracle pass, the oracle's own included. The same five acceptance figures beside it are of all lower
-        stages together. ``bytes_per_token`` is arithmetic: weights, K/V and table
-        rows of all stages' passes. Prefill is in the seconds, not in passes and bytes.
+        Per stage: ``passes``; ``proposed`` and ``accepted`` nodes of the oracle's trees; ``tried``, the nodes on the
+        walks that had a child of this stage; ``acceptance_rate`` = accepted / tried, and
+        ``acceptance_rate_per_position[i]`` the same at the i-th token of an iteration. The same five figures at the top
+        are those of all lower stages together. ``mean_acceptance_length`` = tokens per oracle pass, the oracle's own
+        included. ``bytes_per_token`` is arithmetic: weights, K/V and table rows of all stages' passes. Prefill is in
+        the seconds, not in passes and bytes.
         """
         num_tokens = len(self.token_stages)
         per_stage = {}

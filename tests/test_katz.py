@@ -163,7 +163,7 @@ def test_good_turing_discounts_worked_by_hand():
         [40, 12, 6, 0, 3, 2],  # nothing was seen four times
         [40, 12, 6, 4, 3, 0],
         [12, 8, 6, 4, 3, 2],  # A = 1
-        [40, 39, 6, 4, 3, 2],  # d(1) = (1.95 - 0.3) / 0.7 > 1
+        [40, 30, 16, 11, 7, 5],  # A = 0.75, d(1) = (1.5 - 0.75) / 0.25 = 3, all others in (0, 1]
         [40, 3, 6, 4, 3, 2],  # d(1) = (0.15 - 0.3) / 0.7 < 0
     ],
     ids=["gap", "no-six", "A=1", "above-1", "negative"],

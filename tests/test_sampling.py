@@ -53,7 +53,7 @@ def positions_of(logits: torch.Tensor) -> torch.Tensor:
 
 def survivors(logits: torch.Tensor, sampling) -> torch.Tensor:
     """Which tokens ``draw`` lets through, bool [N, V], read off the children it returns."""
-    _, children, scores = draw(logits, positions_of(logits), sampling, num_children=logits.shape[1])
+    _, children, scores = draw(logits, positions_of(logits), sampling, logits.shape[1])
     return torch.zeros(logits.shape, dtype=torch.bool).scatter(1, children.long(), scores > -math.inf)
 
 
@@ -198,6 +198,16 @@ def test_ties_survive_as_in_hugging_face(vocab_size, name):
     assert torch.equal(survivors(logits, FILTERS[name]), expected)
 
 
+def test_ties_that_the_temperature_makes_survive():
+    """Some neighbouring floats are equal once divided by 1.3: top_k=1 then keeps both, as in Hugging Face."""
+    logits, sampling = torch.zeros(50, 33), sampled(temperature=1.3, top_k=1)
+    logits[:, 9] = 1.5 + torch.arange(50) * 2.0**-23
+    logits[:, 4] = logits[:, 9] + 2.0**-23
+    expected = hugging_face_scores(logits, sampling).isfinite()
+    assert 50 < expected.sum() < 100
+    assert torch.equal(survivors(logits, sampling), expected)
+
+
 @each_vocab_size
 def test_top_p_orders_ties_by_id(vocab_size):
     """As many of each value survive as in Hugging Face, whose order of ties is not defined; of ours, the lowest ids."""
@@ -293,9 +303,8 @@ def test_row_does_not_depend_on_its_neighbours(sampling):
     positions = positions_of(logits)
     alone = draw(logits, positions, sampling, num_children, tau=0.85)
     for neighbour in (torch.zeros(1, 300), torch.full((1, 300), math.nan)):
-        beside = draw(
-            torch.cat([logits, neighbour]), torch.cat([positions, positions[:1]]), sampling, num_children, tau=0.85
-        )
+        rows = torch.cat([logits, neighbour])
+        beside = draw(rows, positions_of(rows), sampling, num_children, tau=0.85)
         assert torch.equal(beside[0][:-1], alone[0])
         live = alone[2] > -math.inf
         assert torch.equal(beside[1][:-1][live], alone[1][live])
