@@ -188,22 +188,32 @@ def load(directory: str | Path) -> SuccessorTable:
             int(card["vocab_size"]),
         )
         _check(table)
-    except (KeyError, AssertionError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{directory} is a corrupted draft2 table: {error}") from error
     return table
 
 
 def _check(table: SuccessorTable) -> None:
+    """Raise ValueError for the first thing that does not fit together."""
+
+    def require(holds: bool, problem: str) -> None:
+        if not holds:
+            raise ValueError(problem)
+
     num_rows, width = table.tokens.shape
-    assert table.keys.shape == table.rows.shape and table.keys.dtype == torch.int64, "keys and rows differ in length"
-    assert len(table.keys) & (len(table.keys) - 1) == 0, f"{len(table.keys)} buckets are not a power of two"
-    assert num_rows >= table.vocab_size, f"{num_rows} rows for {table.vocab_size} tokens"
-    assert table.log_probs.shape == (num_rows, width), f"log_probs has shape {tuple(table.log_probs.shape)}"
-    assert table.log_rest.shape == (num_rows,), f"log_rest has shape {tuple(table.log_rest.shape)}"
-    assert int(table.tokens.min()) >= 0 and int(table.tokens.max()) < table.vocab_size, "a token id is out of range"
-    assert int(table.rows.min()) >= 0 and int(table.rows.max()) < num_rows, "a row index is out of range"
+    size = table.vocab_size
+    require(table.keys.shape == table.rows.shape, "keys and rows differ in length")
+    require(table.keys.dtype == torch.int64, f"keys are {table.keys.dtype}, not int64")
+    require(len(table.keys).bit_count() == 1, f"{len(table.keys)} buckets are not a power of two")
+    require(num_rows >= size, f"{num_rows} rows for {size} tokens")
+    require(table.log_probs.shape == (num_rows, width), f"log_probs has shape {tuple(table.log_probs.shape)}")
+    require(table.log_rest.shape == (num_rows,), f"log_rest has shape {tuple(table.log_rest.shape)}")
+    require(int(table.tokens.min()) >= 0 and int(table.tokens.max()) < size, "a token id is out of range")
+    require(int(table.rows.min()) >= 0 and int(table.rows.max()) < num_rows, "a row index is out of range")
+    require(int(table.keys.max()) < size * size, f"a context is out of range for {size} tokens")
     for scores in (table.log_probs, table.log_rest):
-        assert not scores.isnan().any() and float(scores.max()) <= 1e-3, "a log-probability is NaN or positive"
+        require(not scores.isnan().any(), "a log-probability is NaN or positive")
+        require(float(scores.max()) <= 1e-3, "a log-probability is NaN or positive")
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ class Generation:
             stage.begin(config.capacity)
         reroot(self.tree, -1, prompt[-1])
 
+    @torch.inference_mode()
     def step(self) -> list[int]:
         """One iteration; returns the tokens it commits, at least one."""
         remaining = self.max_len - len(self.text)

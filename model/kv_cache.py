@@ -36,12 +36,13 @@ class PagedKVCache:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages and page_size must be at least 1, got {num_pages} and {page_size}")
         shape = (n_layer, (num_pages + 1) * page_size, n_head, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a cache made inside inference mode is also written to outside of it
+            self.k = torch.zeros(shape, dtype=dtype, device=device)
+            self.v = torch.zeros(shape, dtype=dtype, device=device)
+            pages_per_sequence = -(-n_positions // page_size)
+            self._table = torch.full((num_sequences, pages_per_sequence), NULL_PAGE, dtype=torch.int32)
+            self.page_table = self._table if str(device) == "cpu" else self._table.to(device)
         self.page_size, self.num_pages, self.n_positions = page_size, num_pages, n_positions
-        pages_per_sequence = -(-n_positions // page_size)
-        self._table = torch.full((num_sequences, pages_per_sequence), NULL_PAGE, dtype=torch.int32)
-        self.page_table = self._table if str(device) == "cpu" else self._table.to(device)
         self.cached_len = [0] * num_sequences
         self._free = list(range(num_pages, 0, -1))
         self._reserved: dict[int, set[int]] = {}  # page -> slots of it that tree nodes hold

@@ -38,6 +38,17 @@ def hugging_face_scores(logits: torch.Tensor, sampling: Sampling) -> torch.Tenso
     return logits
 
 
+def clear_rows(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Rows, bool [N], whose nucleus and floor are not within rounding of a border, so that any right sum agrees."""
+    nearby = [
+        sampling._replace(top_p=min(1.0, sampling.top_p * factor), min_p=sampling.min_p * factor)
+        for factor in (1 - 1e-5, 1 + 1e-5)
+        if sampling.top_p < 1.0 or 0.0 < sampling.min_p < 1.0
+    ]
+    kept = [hugging_face_scores(logits, one).isfinite() for one in nearby] or [torch.ones_like(logits).bool()] * 2
+    return (kept[0] == kept[1]).all(1)
+
+
 def chi_square(counts: np.ndarray, law: np.ndarray) -> float:
     """p-value of ``counts`` under the exact ``law`` (same shape); the rarest cells are merged until 5 are expected.
 

@@ -255,3 +255,13 @@ def test_command_line_colour_and_compare(capsys):
 def test_command_line_errors_are_one_line_and_exit_two(arguments):
     run = staged(*arguments)
     assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr
+
+
+def test_inference_mode_of_the_caller_does_not_matter():
+    """A decoder first used inside torch.inference_mode works outside of it, and its output is an ordinary tensor."""
+    decoder = StagedDecoder.from_pretrained(tiny_model(0, 1), tiny_model(1, 1), None, "cpu", "float32")
+    with torch.inference_mode():
+        inside = decoder.generate([1, 2], max_new_tokens=6)
+    outside = decoder.generate([1, 2], max_new_tokens=6)
+    assert inside.new_token_ids == outside.new_token_ids
+    outside.sequences[0, 0] = 3

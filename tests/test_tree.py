@@ -260,8 +260,8 @@ def test_reroot_on_a_token_nobody_proposed_starts_afresh(tree, last_accepted, ne
     assert live(tree.tokens, tree) == [next_token] and live(tree.parents, tree) == [-1]
     assert live(tree.scored, tree) == [-1] and live(tree.depths, tree) == live(tree.path_scores, tree) == [0]
     assert path_of(tree, 0) == [0]
-    insert(tree, 0, {0: {1: -1.0}})
-    assert path_of(tree, 1) == [0, 1] and tree.sources[1] == 0
+    insert(tree, 1, {0: {1: -1.0}})
+    assert path_of(tree, 1) == [0, 1] and tree.sources[1] == 1 and tree.scored[1] == -1, "the old node 1 shows through"
 
 
 def test_reroot_drops_rejected_branches_inside_the_subtree(tree):
