@@ -43,4 +43,4 @@ def _commit() -> str:
 
 def _without_folder(argument: str) -> str:
     """Folders of this machine say nothing to a reader: keep the last part."""
-    return f".../{Path(argument).name}" if argument.startswith("/") else argument
+    return f".../{Path(argument).name}" if "/" in argument else argument
