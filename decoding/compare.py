@@ -120,7 +120,7 @@ def _hf_row(hf: HFGenerate, prompt_ids: list[list[int]], lengths: list[int], bas
         equal += new == out.new_token_ids
         if new != out.new_token_ids:
             at = next(i for i, (a, b) in enumerate(zip(new, out.new_token_ids, strict=True)) if a != b)
-            differences.append(f"token {at}, gap {hf.top_two_gap(ids + new[:at]):.1e}")
+            differences.append({"token": at, "gap": hf.top_two_gap(ids + new[:at])})
     base_tokens, base_seconds, _, _ = _totals(baseline)
     return {
         "method": "HF generate",
@@ -129,5 +129,6 @@ def _hf_row(hf: HFGenerate, prompt_ids: list[list[int]], lengths: list[int], bas
         "tokens_per_oracle_pass": 1.0,
         "relative_oracle_passes": 1.0,
         "relative_bytes": None,
-        "identical": f"{equal} of {len(baseline)}" + (f" ({'; '.join(differences)})" if differences else ""),
+        "identical": f"{equal} of {len(baseline)}",
+        "differences": differences,
     }

@@ -1,5 +1,6 @@
 """What a terminal shows: a completion coloured by the stage that produced each token, and the table of methods."""
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,11 +48,11 @@ def coloured(tokenizer: Tokenizer, prompt: str, token_ids: list[int], stages: li
 
 def print_comparison(console: Console, rows: list[dict], caption: str) -> None:
     """``rows`` as ``compare`` returns them, one line per method."""
-    table = Table(title="Every method, the same tokens", caption=caption, title_justify="left", caption_justify="left")
-    for header in ("method", "tokens/s", "speed-up", "tokens per\noracle pass", "oracle passes\nper token"):
-        table.add_column(header, justify="left" if header == "method" else "right")
-    table.add_column("bytes per token\nvs baseline", justify="right")
-    table.add_column("identical", justify="left")
+    table = Table(title="Every method, the same tokens", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("method", no_wrap=True)
+    for header in ("tokens/s", "speed-up", "tokens per\noracle pass", "passes vs\nbaseline", "bytes vs\nbaseline"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("identical", no_wrap=True)
     for row in rows:
         table.add_row(
             row["method"],
@@ -63,3 +64,8 @@ def print_comparison(console: Console, rows: list[dict], caption: str) -> None:
             row["identical"],
         )
     console.print(table)
+    console.print(caption, style="dim")
+    for row in rows:
+        for place in row.get("differences", ()):
+            apart = f"its own two best logits are {place['gap']:.1e} apart there"
+            console.print(f"{row['method']} first differs at new token {place['token']}: {apart}", style="dim")
