@@ -48,9 +48,9 @@ def coloured(tokenizer: Tokenizer, prompt: str, token_ids: list[int], stages: li
 
 def print_comparison(console: Console, rows: list[dict], caption: str) -> None:
     """``rows`` as ``compare`` returns them, one line per method."""
-    table = Table(title="Every method, the same tokens", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("method", no_wrap=True)
-    for header in ("tokens/s", "speed-up", "tokens per\noracle pass", "passes vs\nbaseline", "bytes vs\nbaseline"):
+    for header in ("tokens/s", "speed-up", "tokens per\npass", "passes vs\nbaseline", "bytes vs\nbaseline"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("identical", no_wrap=True)
     for row in rows:

@@ -49,7 +49,10 @@ def markdown(tables: dict[str, list[dict]], conditions: str) -> str:
                 f"| {setting} | {row['method']} | {row['tokens_per_second']:.0f} | {row['speedup']:.2f}x | "
                 f"{row['tokens_per_oracle_pass']:.2f} | {moved} | {row['identical']} |"
             )
-    return "\n".join(lines) + f"\n\n{conditions}. Bytes per token (arithmetic) are relative to the baseline.\n"
+    places = [place for rows in tables.values() for row in rows for place in row.get("differences", ())]
+    ties = "; ".join(f"token {place['token']}, gap {place['gap']:.1e}" for place in places)
+    note = f"\n\nHF generate first differs at {ties}: the gap is between its own two best logits." if places else ""
+    return "\n".join(lines) + f"\n\n{conditions}. Bytes per token (arithmetic) are relative to the baseline.{note}\n"
 
 
 def picture(text: Text, key: Text) -> str:
