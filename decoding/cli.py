@@ -129,7 +129,7 @@ def run_compare(flags: argparse.Namespace) -> None:
         console.print(legend(styles))
         console.print()
     drawn = f"sampled, seed {sampling['seed']}" if sampling["do_sample"] else "greedy"
-    caption = f"{len(prompts)} prompts x {flags.max_new_tokens} tokens, {drawn}, batch 1, {decoder.runtime}; passes are the oracle's"
-    print_comparison(console, rows, caption)
+    conditions = f"{len(prompts)} prompts x {flags.max_new_tokens} tokens, {drawn}, batch 1, {decoder.runtime}"
+    print_comparison(console, rows, f"{conditions}; passes are the oracle's")
     if any(row["method"] != "HF generate" and row["identical"] != f"{len(prompts)} of {len(prompts)}" for row in rows):
         raise SystemExit("methods differ: this is a bug")
