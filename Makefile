@@ -19,7 +19,7 @@ demo: $(ENV)/.installed
 	$(RUN) -m decoding compare --hf --color
 
 test: $(ENV)/.installed lint
-	$(RUN) -m pytest $(if $(PROMPTS),--prompts $(PROMPTS))
+	$(RUN) -m pytest tests $(if $(PROMPTS),--prompts=$(PROMPTS))
 
 lint: $(ENV)/.installed
 	$(RUN) -m ruff check .
