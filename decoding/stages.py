@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from kernels.layout import DEPTH_LIMIT, Sampling, SuccessorTable, Tree
+from kernels.layout import DEPTH_LIMIT, MAX_ROWS, Sampling, SuccessorTable, Tree
 from model.gpt2 import GPT2, Query
 
 
@@ -126,23 +126,23 @@ class GPT2Stage:
         below_slots = cache.reserve(len(below))
         self.node_slots[below] = below_slots
         root_position = len(text) - 1
-        hidden = self.model.forward(
-            self._query(
-                torch.cat([torch.tensor(head, dtype=torch.int32), tree.tokens[below]]),
-                torch.cat(
-                    [
-                        torch.arange(root_position + 1 - len(head), root_position + 1, dtype=torch.int32),
-                        root_position + tree.depths[below],
-                    ]
-                ),
-                torch.cat([head_slots, below_slots]),
-                torch.cat([tree.paths.new_zeros(len(head), tree.paths.shape[1]), tree.paths[below]]),
+        columns = (
+            torch.cat([torch.tensor(head, dtype=torch.int32), tree.tokens[below]]),
+            torch.cat(
+                [
+                    torch.arange(root_position + 1 - len(head), root_position + 1, dtype=torch.int32),
+                    root_position + tree.depths[below],
+                ]
             ),
-            cache,
+            torch.cat([head_slots, below_slots]),
+            torch.cat([tree.paths.new_zeros(len(head), tree.paths.shape[1]), tree.paths[below]]),
         )
+        passes = zip(*(column.split(MAX_ROWS) for column in columns), strict=True)  # parents are in earlier rows
+        hidden = torch.cat([self.model.forward(self._query(*rows), cache) for rows in passes])
         num_rows = len(head) + len(below)
-        self.passes += 1
-        self.bytes_moved += self._weight_bytes + (len(text) + num_rows) * self._kv_bytes
+        num_passes = -(-num_rows // MAX_ROWS)
+        self.passes += num_passes
+        self.bytes_moved += num_passes * (self._weight_bytes + (len(text) + num_rows) * self._kv_bytes)
         row_of = torch.searchsorted(below, nodes) + len(head)
         return hidden[torch.where(nodes == 0, len(head) - 1, row_of).to(hidden.device)]
 

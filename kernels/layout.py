@@ -2,7 +2,7 @@
 
 Attention takes the keys of a query at position p in two parts whose border depends on p alone:
 
-    shared part   positions [0, shared_end(p)), in windows of SHARED_WINDOW, read through the page table
+    shared part   positions [0, shared_end(p)), in windows at fixed positions, read through the page table
     tail part     positions [shared_end(p), p], at most TAIL_LANES, gathered per row through its path
 
 A tree never grows deeper than DEPTH_LIMIT, so a shared key is committed in every tree that can contain position p, and
@@ -16,8 +16,10 @@ import torch
 DEPTH_LIMIT = 32  # deepest node of any tree, the root being at depth 0
 TAIL_ALIGNMENT = 16  # shared_end is a multiple of this
 TAIL_LANES = DEPTH_LIMIT + TAIL_ALIGNMENT
-SHARED_WINDOW = 128  # keys per product of the shared part
+SHARED_WINDOW = 128  # keys per product of the shared part, torch backend
 ROW_BLOCK = 16  # rows per product of the torch backend
+MAX_ROWS = 128  # rows of one pass over a tree; a longer pass is a prefill
+VOCAB_TILE = 64  # logits whose maximum the output head may keep for the sampler
 MAX_PROBES = 16  # buckets that a look-up of a successor table may visit; the builder keeps within it
 NULL_PAGE = 0  # never handed out, always zero: what a dead lane reads
 

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.layout import MAX_ROWS
 from model.config import GPT2Config
 from model.kv_cache import PagedKVCache
 from model.weights import GPT2Weights
-
-PREFILL_CHUNK = 128  # rows of a prefill pass: bounds the memory of long prompts
 
 
 class Query(NamedTuple):
@@ -109,10 +108,19 @@ class GPT2:
         )
 
     def prefill(
-        self, tokens: list[int], cache: PagedKVCache, sequence: int = 0, chunk: int = PREFILL_CHUNK
+        self, tokens: list[int], cache: PagedKVCache, sequence: int = 0, chunk: int | None = None
     ) -> torch.Tensor:
-        """Commit any number of ``tokens`` in passes of at most ``chunk`` rows; hidden states [n, C] of all of them."""
+        """Commit any number of ``tokens`` in passes of at most ``chunk`` rows; hidden states [n, C] of all of them.
+
+        Passes of more than MAX_ROWS rows are multiples of it: on the GPU they have tiles of their own, so which
+        tiles a position gets depends on its distance to the end alone, and prompts may share K/V up to such a border.
+        """
+        chunk = chunk or self.ops.PREFILL_ROWS
         hidden = self.weights.wte.new_empty(len(tokens), self.config.n_embd)
-        for i in range(0, len(tokens), chunk):
-            hidden[i : i + chunk] = self.append(tokens[i : i + chunk], cache, sequence)
+        start = 0
+        while start < len(tokens):
+            n = min(chunk, len(tokens) - start)
+            n -= n % MAX_ROWS if n > MAX_ROWS else 0
+            hidden[start : start + n] = self.append(tokens[start : start + n], cache, sequence)
+            start += n
         return hidden

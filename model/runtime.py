@@ -1,5 +1,6 @@
 """Where and how a model runs: device, dtype and backend, each resolved from "auto" or refused by name."""
 
+import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -35,9 +36,23 @@ def resolve(device: str | torch.device = "auto", dtype: str | torch.dtype = "aut
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {str(device)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but torch sees no GPU")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
-    return Runtime(device, _dtype(dtype, device), "torch", reference)
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" else "torch"
+    return Runtime(device, _dtype(dtype, device), backend, _operations(backend, device))
+
+
+def _operations(backend: str, device: torch.device) -> ModuleType:
+    if backend == "torch":
+        return reference
+    try:
+        gpu = importlib.import_module("kernels.gpu")
+    except ImportError as error:
+        raise ValueError(f"backend 'triton' was asked for, but Triton cannot be imported: {error}") from error
+    if device.type == "cpu" and not gpu.interpreting():
+        raise ValueError("backend 'triton' needs a GPU (on a CPU it runs in Triton's interpreter: TRITON_INTERPRET=1)")
+    return gpu
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import interpreter  # before anything that imports a kernel
 from tests.helpers import hf_model
+
+if interpreter.INTERPRETING:
+    interpreter.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,13 +6,13 @@ import functools
 import pytest
 import torch
 
-from model.gpt2 import PREFILL_CHUNK
+from kernels.layout import MAX_ROWS
 from tests.helpers import LOGIT_TOLERANCES, assert_close, assert_same_rows, hf_model, random_tokens, tiny_gpt2
 
 CONTEXT = 1024
 # one row; around a block of 16 rows; the last length below one window of 128; the last two of the context
 LENGTHS = [1, 2, 15, 16, 17, 127, 1023, 1024]
-CHUNKS = [16, 50, PREFILL_CHUNK]
+CHUNKS = [16, 50, MAX_ROWS]
 SHAPES = {
     "1 layer, 1 head": {"n_layer": 1, "n_head": 1, "vocab_size": 97},
     "4 layers, 1 head": {"n_layer": 4, "n_head": 1, "vocab_size": 101},
@@ -70,7 +70,7 @@ def test_chunks_do_not_change_a_bit(shape, length):
         assert_same_rows(our_logits(length, chunk, **shape), whole)
 
 
-@pytest.mark.parametrize(("length", "chunk"), [(17, 16), (127, 50), (CONTEXT, PREFILL_CHUNK)])
+@pytest.mark.parametrize(("length", "chunk"), [(17, 16), (127, 50), (CONTEXT, MAX_ROWS)])
 def test_chunks_at_25_heads(length, chunk):
     """The same where libraries change their products' order with the number of rows: K of 1600 and 6400."""
     shape = SHAPES["1 layer, 25 heads"]
@@ -81,7 +81,7 @@ def test_chunks_at_25_heads(length, chunk):
 def test_config_variants(variant):
     """Each field of the config that changes the computation is followed; 200 rows reach the shared windows."""
     fields = SHAPES["2 layers, 3 heads"] | variant
-    logits = our_logits(200, PREFILL_CHUNK, **fields)
+    logits = our_logits(200, MAX_ROWS, **fields)
     assert_near(logits, hf_logits(**fields)[:200])
     plain = hf_logits(**SHAPES["2 layers, 3 heads"])[:200]
     assert (logits - plain).abs().max() > 1e-3, "the variant makes no difference, so this test would prove nothing"
@@ -91,7 +91,7 @@ def test_config_variants(variant):
 def test_half_precision_is_near(dtype):
     """In half precision the logits stay near float32's: no step loses more than rounding."""
     fields = SHAPES["2 layers, 3 heads"]
-    assert_near(our_logits(200, PREFILL_CHUNK, dtype, **fields), hf_logits(**fields)[:200], dtype)
+    assert_near(our_logits(200, MAX_ROWS, dtype, **fields), hf_logits(**fields)[:200], dtype)
 
 
 def test_short_context():

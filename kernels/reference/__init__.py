@@ -1,6 +1,7 @@
 """The torch specification of every operation, one name and signature per Triton kernel, and the CPU backend."""
 
 from kernels.reference.forward import (
+    PREFILL_ROWS,
     embed,
     layer_norm_linear,
     layer_norm_qkv,
@@ -14,6 +15,7 @@ from kernels.reference.sampling import draw, gumbel_noise, hash_context, lookup,
 from kernels.reference.tree import insert_children, new_tree, reroot, select_nodes, verify
 
 __all__ = [
+    "PREFILL_ROWS",
     "draw",
     "embed",
     "gumbel_noise",

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import NULL_PAGE, ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, shared_end
+from kernels.layout import NULL_PAGE, ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, VOCAB_TILE, shared_end
 
 # Below this many elements torch runs an element-wise call on one thread, without a tail at a thread's border.
 _SERIAL_ELEMENTS = 32768
+PREFILL_ROWS = 128  # rows of one pass of a long prompt: bounds the memory it takes
 _TAIL_ROWS = 4  # the tail's batched products run on a multiple of this many rows, so never on a batch of one
 _DEAD = float("-inf")
 _ACTIVATIONS = {
@@ -74,7 +75,7 @@ def route(
     committed: torch.Tensor,  # int32 [B], positions resolved by the page table, the root's included
     sequences: torch.Tensor,  # int32 [N], the sequence each row belongs to
     positions: torch.Tensor,  # int32 [N]
-    paths: torch.Tensor,  # int32 [N, depth + 1], node ids, root first
+    paths: torch.Tensor,  # int32 [N, depth + 1], node ids, root first; [N, 1] where all rows are committed
     node_slots: torch.Tensor,  # int32 [nodes], where each node's K/V lies
     slot_mapping: torch.Tensor,  # int32 [N], where each row's K/V goes, -1 = nowhere
 ) -> Route:
@@ -205,10 +206,22 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
 
 
 def lm_head(
-    x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, eps: float, weight: torch.Tensor
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    tile_maxima: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Final layer norm and projection to the vocabulary: x [N, C], weight [V, C] -> logits [N, V] in x's dtype."""
-    return layer_norm_linear(x, norm_weight, norm_bias, eps, weight, None)
+    """Final layer norm and projection to the vocabulary: x [N, C], weight [V, C] -> logits [N, V] in x's dtype.
+
+    ``tile_maxima`` float32 [N, cdiv(V, VOCAB_TILE)], if given, receives the largest logit of each tile of the row.
+    """
+    logits = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, None)
+    if tile_maxima is not None:
+        padded = F.pad(logits, (0, -logits.shape[1] % VOCAB_TILE), value=_DEAD)
+        tile_maxima.copy_(padded.unflatten(1, (-1, VOCAB_TILE)).amax(-1))
+    return logits
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

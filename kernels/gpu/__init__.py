@@ -1,0 +1,21 @@
+"""The Triton backend: the names and signatures of ``kernels.reference``, on the GPU or in Triton's interpreter."""
+
+from kernels.gpu.config import PREFILL_ROWS
+from kernels.gpu.forward import layer_norm_linear, layer_norm_qkv, linear_residual, lm_head, tree_attention
+from kernels.gpu.launch import interpreting
+from kernels.gpu.route import embed, route
+from kernels.reference import draw, lookup
+
+__all__ = [
+    "PREFILL_ROWS",
+    "draw",
+    "embed",
+    "interpreting",
+    "layer_norm_linear",
+    "layer_norm_qkv",
+    "linear_residual",
+    "lm_head",
+    "lookup",
+    "route",
+    "tree_attention",
+]

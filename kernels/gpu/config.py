@@ -1,0 +1,112 @@
+"""Tiles of every kernel: fixed per architecture, weight shape and dtype, never a function of the number of rows.
+
+A shape that the table ``tuned.json`` knows takes its row; any other takes the default rule below. Neither looks at N,
+so one pass of 64 rows and 64 passes of one row run the same binary with the same tiles: hazard 1 of bit-exactness.
+"""
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).with_name("tuned.json")
+PREFILL_ROWS = 1024  # rows of one pass of a long prompt, a multiple of MAX_ROWS
+
+
+@dataclass(frozen=True)
+class LinearTiles:
+    """One program computes [rows, outputs] over a ``splits``-th of the depth, ``depth`` at a time."""
+
+    rows: int
+    outputs: int
+    depth: int
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.outputs}x{self.depth} /{self.splits} w{self.num_warps} s{self.num_stages}"
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """A row block of ``rows`` queries reads ``window`` positions at a time, window w in program w modulo ``parts``;
+    tails have one program per ``tail_rows`` rows, ``tail_step`` lanes at a time."""
+
+    rows: int = 16
+    window: int = 128
+    parts: int = 4
+    tail_rows: int = 4
+    tail_step: int = 16
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> LinearTiles:
+    """Tiles of a decoding pass through a weight [num_outputs, depth]."""
+    row = _table().get(arch, {}).get(key(num_outputs, depth, dtype))
+    return LinearTiles(**row["tiles"]) if row else default_linear_tiles(arch, num_outputs, depth, dtype)
+
+
+def key(num_outputs: int, depth: int, dtype: torch.dtype) -> str:
+    """Name of a weight's row in the table."""
+    return f"{num_outputs}x{depth} {str(dtype).removeprefix('torch.')}"
+
+
+def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> LinearTiles:
+    """The rule for shapes that were never tuned: about one program per multiprocessor, a deep pipeline in each."""
+    if arch == "interpreter":  # large tiles, since a step costs milliseconds; two splits so that they are tested
+        return LinearTiles(16, 64, 64 if depth < 512 else 256, 2 if depth > 64 else 1)
+    if dtype == torch.float32:  # products on the vector units: 16 rows, or dead rows would cost more than the weights
+        return LinearTiles(16, 32, 32, _splits(num_outputs // 32, depth // 32), 4, 3)
+    if arch.startswith("gfx"):
+        return LinearTiles(64, 64, 64, _splits(num_outputs // 64, depth // 64), 4, 2)
+    if arch in ("sm_80", "sm_89"):  # 99 KiB of shared memory on sm_89
+        return LinearTiles(64, 64, 64, _splits(num_outputs // 64, depth // 64), 4, 4)
+    return LinearTiles(64, 64, 128, _splits(num_outputs // 64, depth // 128), 4, 4)
+
+
+def _splits(num_tiles: int, num_steps: int) -> int:
+    """Largest even cut of the depth that stays below 192 programs and leaves each at least two steps."""
+    fitting = [n for n in range(2, 17) if num_steps % n == 0 and num_steps >= 2 * n and num_tiles * n <= 192]
+    return max(fitting, default=1)
+
+
+def prefill_tiles(arch: str, dtype: torch.dtype) -> LinearTiles:
+    """Tiles of a pass with more than MAX_ROWS rows, which is bound by arithmetic."""
+    if arch == "interpreter":
+        return LinearTiles(64, 128, 128)
+    if dtype == torch.float32:
+        return LinearTiles(32, 64, 32, 1, 4, 2)
+    return LinearTiles(128, 128, 64, 1, 8, 3) if arch.startswith("sm_") else LinearTiles(128, 128, 32, 1, 8, 2)
+
+
+def attention_tiles(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionTiles:
+    """Tiles of tree attention, sized so that a window of keys and values and its scores stay in registers."""
+    if arch == "interpreter":
+        return AttentionTiles(parts=2, tail_rows=16)
+    scarce = (head_dim // 64) * (4 if dtype == torch.float32 else 1)
+    return AttentionTiles(window=max(16, 128 // scarce), tail_step=16 * 64 // head_dim)
+
+
+def prefill_attention_rows(dtype: torch.dtype) -> int:
+    """Queries of one program of prefill attention, and the positions that it reads at a time."""
+    return 64 if dtype != torch.float32 else 16
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
+
+
+def write_table(table: dict) -> None:
+    """Replace the table; rows are ``{"tiles": {...}, ...provenance}`` by architecture and ``key``."""
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _table.cache_clear()
+
+
+def row(tiles: LinearTiles, **provenance) -> dict:
+    """One row of the table."""
+    return {"tiles": asdict(tiles), **provenance}

@@ -1,0 +1,114 @@
+"""How every kernel is launched: arguments checked first, compile options pinned, and launches recordable.
+
+Recording replaces running: inside ``record(arch)`` the public operations, called on tensors of the device "meta", leave
+a list of the launches they would make. Ahead-of-time compilation and the cost model read that list, so what they see
+is what runs.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+NUM_ARRIVALS = 65536  # counters that one launch may need
+ALIGNMENT = 16  # bytes; a less aligned pointer would select another binary, with other vector loads
+
+
+class Launch(NamedTuple):
+    """One kernel launch: ``arguments`` (tensors, numbers, None) by parameter name, ``constants`` compiled in."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int | bool]
+
+
+class Recording(NamedTuple):
+    arch: str
+    launches: list[Launch]
+
+
+_recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def record(arch: str) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, with the tiles of ``arch`` ("sm_90", "gfx942", ...)."""
+    token = _recording.set(Recording(arch, []))
+    try:
+        yield _recording.get().launches
+    finally:
+        _recording.reset(token)
+
+
+def architecture(device: torch.device) -> str:
+    """Which row of the tile tables a device reads: "sm_90", "gfx942", "interpreter" on a CPU, or what is recorded."""
+    if (recording := _recording.get()) is not None:
+        return recording.arch
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+    return triton.knobs.runtime.interpret
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, num_warps: int = 4, num_stages: int = 1
+) -> None:
+    """Run ``kernel`` on ``grid``, or record that it would run."""
+    # Fused multiply-adds are pinned on: Triton announces another default, and a flip would move bits.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if (recording := _recording.get()) is not None:
+        recording.launches.append(Launch(kernel, grid, arguments, constants, options))
+    else:
+        kernel[grid](**arguments, **constants, **options)
+
+
+def require(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Raise ValueError unless ``tensor`` is contiguous, aligned, and of this shape (None = any), dtype and device."""
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be of {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape)):  # noqa: B905
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}")
+    if tensor.device.type != "meta" and tensor.data_ptr() % ALIGNMENT:
+        raise ValueError(f"{name} must be aligned to {ALIGNMENT} bytes, got address {tensor.data_ptr():#x}")
+
+
+def arrivals(count: int, device: torch.device) -> torch.Tensor:
+    """Counters int32 [NUM_ARRIVALS] by which programs of one launch learn who is last; zero before and after it.
+
+    One set per device: launches that count must not overlap across streams. Raises ValueError for more than there are.
+    """
+    if count > NUM_ARRIVALS:
+        raise ValueError(f"the launch needs {count} arrival counters, there are {NUM_ARRIVALS}: pass fewer rows")
+    return _arrivals(device)
+
+
+@functools.cache
+def _arrivals(device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(NUM_ARRIVALS, dtype=torch.int32, device=device)

@@ -1,0 +1,280 @@
+"""Linear layers for few rows: weights are streamed once, everything around the product is fused into it.
+
+    y = epilogue(prologue(x) @ weight.T)        x [N, K], weight [M, K], y [N, M]
+
+prologue: nothing or layer norm; epilogue: bias, GELU, residual, scatter of keys and values into the paged cache, or the
+maximum of each tile of the vocabulary. With one row a pass reads M * K weights and next to nothing else, so it is bound
+by memory, and up to about 100 rows the product costs nothing on top.
+
+One binary serves every N (``num_rows`` is never specialised on): the row tile is padded, the loop over K is serial, and
+where M alone would leave multiprocessors idle, K is cut into a fixed number of splits. Each split leaves its sum in
+memory; the last one to arrive adds them in index order, so the sum does not depend on who was last. Which rows of the
+tile are alive changes no bit of the others: a row of a matrix product is computed from its own row of x.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.config import LinearTiles, linear_tiles, prefill_tiles
+from kernels.gpu.launch import FLOATS, architecture, arrivals, launch, require
+from kernels.layout import MAX_ROWS, VOCAB_TILE
+
+_ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2}
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:  # x (1 + tanh(z)) / 2 = x / (1 + exp(-2 z))
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == 2:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        return x
+
+
+@triton.jit
+def _moments(x_ptr, offs_row, mask_row, K: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean and 1 / standard deviation of each row: two passes inside a chunk, chunks merged in order (Chan)."""
+    offs_k = tl.arange(0, BLOCK)
+    mean = tl.zeros_like(offs_row).to(tl.float32)
+    square = mean
+    for start in range(0, K, BLOCK):
+        mask_k = start + offs_k < K
+        mask = mask_row[:, None] & mask_k[None, :]
+        x = tl.load(x_ptr + offs_row[:, None] * K + (start + offs_k)[None, :], mask=mask, other=0.0).to(tl.float32)
+        count = tl.minimum(K - start, BLOCK).to(tl.float32)
+        chunk_mean = tl.sum(x, 1) / count
+        centred = tl.where(mask_k[None, :], x - chunk_mean[:, None], 0.0)
+        share = count / (start + count)
+        delta = chunk_mean - mean
+        mean += delta * share
+        square += tl.sum(centred * centred, 1) + delta * delta * start * share
+    return mean, tl.rsqrt(square / K + EPS)
+
+
+@triton.jit
+def _finish(
+    acc,  # float32 [BLOCK_ROWS, BLOCK_OUT]
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slot_mapping_ptr,
+    tile_maxima_ptr,
+    offs_row,  # int64 [BLOCK_ROWS]
+    mask_row,
+    tile,
+    M: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """The epilogue: everything after the product of one tile."""
+    column = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    mask_out = column < M
+    mask = mask_row[:, None] & mask_out[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=mask_out, other=0.0).to(tl.float32)[None, :]
+    acc = _activate(acc, ACTIVATION)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offs_row[:, None] * M + column[None, :], mask=mask, other=0.0)
+        acc += residual.to(tl.float32)
+    y = acc.to(out_ptr.dtype.element_ty)
+    if slot_mapping_ptr is not None:  # M = 3 C; a tile lies in the queries, in the keys or in the values
+        C: tl.constexpr = M // 3
+        part = tile * BLOCK_OUT // C
+        column -= part * C
+        if part == 0:
+            tl.store(out_ptr + offs_row[:, None] * C + column[None, :], y, mask=mask)
+        else:
+            slot = tl.load(slot_mapping_ptr + offs_row, mask=mask_row, other=-1).to(tl.int64)
+            target = slot[:, None] * C + column[None, :]
+            mask_slot = (slot >= 0)[:, None] & mask_out[None, :]
+            if part == 1:
+                tl.store(k_cache_ptr + target, y, mask=mask_slot)
+            else:
+                tl.store(v_cache_ptr + target, y, mask=mask_slot)
+    else:
+        tl.store(out_ptr + offs_row[:, None] * OUT_STRIDE + column[None, :], y, mask=mask)
+    if tile_maxima_ptr is not None:
+        largest = tl.max(tl.where(mask_out[None, :], y.to(tl.float32), float("-inf")), 1)
+        tl.store(tile_maxima_ptr + offs_row * tl.cdiv(M, BLOCK_OUT) + tile, largest, mask=mask_row)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear_kernel(
+    x_ptr,  # [N, K]
+    weight_ptr,  # [M, K]
+    bias_ptr,  # [M] or None
+    norm_weight_ptr,  # [K] or None: no layer norm
+    norm_bias_ptr,  # [K] or None
+    residual_ptr,  # [N, M] or None
+    out_ptr,  # [N, M], rows OUT_STRIDE apart; queries [N, M // 3] when slots are given
+    k_cache_ptr,  # [slots, M // 3] or None
+    v_cache_ptr,  # [slots, M // 3] or None
+    slot_mapping_ptr,  # int32 [N], -1 = nowhere, or None
+    tile_maxima_ptr,  # float32 [N, cdiv(M, BLOCK_OUT)] or None
+    partial_ptr,  # float32 [SPLITS, N, M] or None
+    arrivals_ptr,  # int32 [row tiles * output tiles], zero before and after, or None
+    num_rows,  # N
+    M: tl.constexpr,
+    K: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Grid (row tiles, output tiles, SPLITS): [BLOCK_ROWS, BLOCK_OUT] outputs over one split of K.
+
+    Reads BLOCK_OUT * K / SPLITS weights once and the live rows of x. Row tiles are neighbours in launch order, so a
+    second row tile finds its weights in the L2 cache.
+    """
+    row_tile, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_row = row_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask_row = offs_row < num_rows
+    column = tile.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    mask_out = column < M
+    offs_k = tl.arange(0, BLOCK_K)
+    if norm_weight_ptr is not None:
+        mean, scale = _moments(x_ptr, offs_row, mask_row, K, EPS, BLOCK_K)
+
+    STEPS: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    for step in range(STEPS):
+        k = (split * STEPS + step) * BLOCK_K + offs_k
+        mask_k = k < K
+        weight = tl.load(
+            weight_ptr + column[None, :] * K + k[:, None],
+            mask=mask_out[None, :] & mask_k[:, None],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        mask_x = mask_row[:, None] & mask_k[None, :]
+        x = tl.load(x_ptr + offs_row[:, None] * K + k[None, :], mask=mask_x, other=0.0)
+        if norm_weight_ptr is not None:
+            gain = tl.load(norm_weight_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
+            shift = tl.load(norm_bias_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
+            normal = (x.to(tl.float32) - mean[:, None]) * scale[:, None]
+            x = (normal * gain[None, :] + shift[None, :]).to(weight.dtype)
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+
+    if SPLITS > 1:
+        offs = offs_row[:, None] * M + column[None, :]
+        mask = mask_row[:, None] & mask_out[None, :]
+        stride = num_rows.to(tl.int64) * M
+        tl.store(partial_ptr + split * stride + offs, acc, mask=mask)
+        tl.debug_barrier()
+        arrival_ptr = arrivals_ptr + row_tile * tl.num_programs(1) + tile
+        if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(arrival_ptr, 0)
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+        for i in tl.static_range(SPLITS):  # past the L1 cache, which other multiprocessors do not write through
+            acc += tl.load(partial_ptr + i * stride + offs, mask=mask, other=0.0, cache_modifier=".cg")
+    _finish(
+        acc,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        k_cache_ptr,
+        v_cache_ptr,
+        slot_mapping_ptr,
+        tile_maxima_ptr,
+        offs_row,
+        mask_row,
+        tile,
+        M,
+        OUT_STRIDE,
+        ACTIVATION,
+        BLOCK_OUT,
+    )
+
+
+def linear(
+    x: torch.Tensor,  # [N, K]
+    weight: torch.Tensor,  # [M, K]
+    out: torch.Tensor,  # [N, M], written; rows may be apart
+    *,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # weight [K], bias [K], eps
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,  # [N, M]
+    scatter: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,  # K and V caches [slots, H, D], slots [N]
+    tile_maxima: torch.Tensor | None = None,  # float32 [N, M / VOCAB_TILE], written
+    tiles: LinearTiles | None = None,  # None = the architecture's own
+) -> torch.Tensor:
+    """Launch one fused linear layer into ``out``; the operations of the forward pass are calls of this.
+
+    Raises ValueError before the launch for what the kernel does not take: see ``require``, and rows over capacity.
+    """
+    num_rows, depth = x.shape
+    num_outputs, device, dtype = weight.shape[0], x.device, x.dtype
+    require("x", x, (None, None), FLOATS, device)
+    require("weight", weight, (None, depth), dtype, device)
+    if bias is not None:
+        require("bias", bias, (num_outputs,), dtype, device)
+    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    if norm is not None:
+        require("norm_weight", norm_weight, (depth,), dtype, device)
+        require("norm_bias", norm_bias, (depth,), dtype, device)
+    if residual is not None:
+        require("residual", residual, (num_rows, num_outputs), dtype, device)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {activation!r}")
+    if num_rows < 1:
+        raise ValueError("x must have at least one row, got 0")
+    arch = architecture(device)
+    if tiles is None and num_rows > MAX_ROWS:
+        tiles = prefill_tiles(arch, dtype)
+    tiles = tiles or linear_tiles(arch, num_outputs, depth, dtype)
+    if scatter is not None and (num_outputs // 3) % tiles.outputs:
+        raise ValueError(f"a width of {num_outputs // 3} is no multiple of the {tiles.outputs} outputs of a tile")
+    if tile_maxima is not None:
+        if tiles.outputs != VOCAB_TILE:
+            raise ValueError(f"tile_maxima need tiles of {VOCAB_TILE} outputs, got {tiles.outputs}")
+        require("tile_maxima", tile_maxima, (num_rows, triton.cdiv(num_outputs, VOCAB_TILE)), torch.float32, device)
+    k_cache, v_cache, slots = scatter or (None, None, None)
+    grid = (triton.cdiv(num_rows, tiles.rows), triton.cdiv(num_outputs, tiles.outputs), tiles.splits)
+    partial = counters = None
+    if tiles.splits > 1:
+        partial = torch.empty(tiles.splits, num_rows, num_outputs, dtype=torch.float32, device=device)
+        counters = arrivals(grid[0] * grid[1], device)
+    launch(
+        _linear_kernel,
+        grid,
+        {
+            "x_ptr": x,
+            "weight_ptr": weight,
+            "bias_ptr": bias,
+            "norm_weight_ptr": norm_weight,
+            "norm_bias_ptr": norm_bias,
+            "residual_ptr": residual,
+            "out_ptr": out,
+            "k_cache_ptr": k_cache,
+            "v_cache_ptr": v_cache,
+            "slot_mapping_ptr": slots,
+            "tile_maxima_ptr": tile_maxima,
+            "partial_ptr": partial,
+            "arrivals_ptr": counters,
+            "num_rows": num_rows,
+        },
+        {
+            "M": num_outputs,
+            "K": depth,
+            "OUT_STRIDE": out.stride(0),
+            "EPS": eps,
+            "ACTIVATION": _ACTIVATIONS[activation],
+            "BLOCK_ROWS": tiles.rows,
+            "BLOCK_OUT": tiles.outputs,
+            "BLOCK_K": tiles.depth,
+            "SPLITS": tiles.splits,
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return out
