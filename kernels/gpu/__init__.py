@@ -4,7 +4,8 @@ from kernels.gpu.config import PREFILL_ROWS
 from kernels.gpu.forward import layer_norm_linear, layer_norm_qkv, linear_residual, lm_head, tree_attention
 from kernels.gpu.launch import interpreting
 from kernels.gpu.route import embed, route
-from kernels.reference import draw, lookup
+from kernels.gpu.sampling import draw
+from kernels.reference import lookup
 
 __all__ = [
     "PREFILL_ROWS",

@@ -99,7 +99,9 @@ def _finish(
     else:
         tl.store(out_ptr + offs_row[:, None] * OUT_STRIDE + column[None, :], y, mask=mask)
     if tile_maxima_ptr is not None:
-        largest = tl.max(tl.where(mask_out[None, :], y.to(tl.float32), float("-inf")), 1)
+        logits = tl.where(mask_out[None, :], y.to(tl.float32), float("-inf"))
+        is_nan = tl.max((logits != logits).to(tl.int32), 1) > 0  # a maximum alone would drop it
+        largest = tl.where(is_nan, float("nan"), tl.max(logits, 1))
         tl.store(tile_maxima_ptr + offs_row * tl.cdiv(M, BLOCK_OUT) + tile, largest, mask=mask_row)
 
 

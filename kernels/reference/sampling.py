@@ -52,6 +52,8 @@ def draw(
     sampling: Sampling,
     num_children: int = 0,
     tau: float = 1.0,
+    tile_maxima: torch.Tensor | None = None,  # float32 [N, cdiv(V, VOCAB_TILE)] of these logits; a hint, unused here
+    log_probs: torch.Tensor | None = None,  # float32 [N], written: of the drawn tokens, after temperature and filters
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw each row's token and, for the next tree, its best children.
 
@@ -62,19 +64,28 @@ def draw(
     """
     vocab_size = logits.shape[1]
     scores, ids = _candidates(logits.float(), sampling, num_children)
+    plain = scores
     if sampling.noise:
         scores = scores + gumbel_noise(sampling.seed, positions[:, None], ids)
     drawn = scores.argmax(-1, keepdim=True)  # the first of equal scores, and ids rise along a row
+    if log_probs is not None:
+        log_probs.copy_(plain.log_softmax(-1).gather(1, drawn).squeeze(1))
     ids = ids.expand_as(scores)
     tokens = ids.gather(1, drawn).masked_fill(scores.gather(1, drawn).isnan(), -1).int().squeeze(1)
     width = min(num_children, vocab_size)
     if width == 0:
         return tokens, tokens.new_empty(len(tokens), 0), scores.new_empty(len(tokens), 0)
-    best = scores.topk(width, dim=-1).indices
-    best = torch.where(best == drawn, best[:, :1], best)  # of equal scores, the drawn token comes first
-    best[:, :1] = drawn
+    best = _best(scores, width)
     edges = scores.gather(1, best) / tau - torch.logsumexp(scores / tau, dim=-1, keepdim=True)
     return tokens, ids.gather(1, best).int(), edges
+
+
+def _best(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """Indices of the ``width`` largest scores of each row, falling; equal ones by rising index."""
+    values, indices = scores.topk(min(width + 1, scores.shape[1]), dim=-1)
+    if bool((values[:, 1:] == values[:, :-1]).any()):  # topk alone orders equal values as it likes
+        indices = scores.sort(dim=-1, descending=True, stable=True).indices
+    return indices[:, :width]
 
 
 def _candidates(logits: torch.Tensor, sampling: Sampling, at_least: int) -> tuple[torch.Tensor, torch.Tensor]:

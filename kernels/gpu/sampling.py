@@ -1,0 +1,452 @@
+"""Fused sampling: temperature, top-k, top-p, min-p, noise and argmax of a row in one program, without sorting it.
+
+The draw rule is ``kernels.reference.draw``: token = argmax over the survivors of logits / temperature + gumbel(seed,
+position, token). Two kernels compute it.
+
+The narrow one serves greedy decoding and small top-k. The output head keeps the largest logit of every VOCAB_TILE
+tokens. The k-th largest of those maxima is itself a logit that at least k logits reach, so every survivor is at or
+above it and lies in a tile whose maximum is: about k tiles of the 786 that GPT-2 has. Their logits are searched for the
+exact k-th largest by bisection on the bits (16 steps suffice for bfloat16 logits, whose low bits are zero), survivors,
+ties at the k-th value included, are compacted in order of their ids, and noise is computed for them alone.
+
+The wide kernel takes any k, no top-k at all, and rows whose ties overflow the narrow one: the same bisections, over the
+whole row.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.launch import FLOATS, launch, require
+from kernels.layout import VOCAB_TILE, Sampling
+
+NARROW_K = 64  # largest top-k and number of children of the narrow kernel
+_SEARCH_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}  # of a logit as float32, zeros not counted
+
+
+@triton.jit
+def philox_word(seed_low, seed_high, token, position):
+    """First word of Philox4x32-10 with key ``seed`` and counter (token, position, 0, 0): uint32."""
+    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True).to(
+        tl.uint64
+    )
+    zero = tl.zeros_like(token).to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, token.to(tl.uint32), zero + position.to(tl.uint32), zero, zero)
+    return word
+
+
+@triton.jit
+def gumbel(word):
+    """-log(-log(1 - u)), u = (word + 1/2) / 2^32, to about float32's own precision.
+
+    Large noise comes from small u, where 1 - u would lose it: there the inner logarithm is its series.
+    """
+    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    series = 1.0 / 9.0 * u + 0.125
+    series = series * u + 1.0 / 7.0
+    series = series * u + 1.0 / 6.0
+    series = series * u + 0.2
+    series = series * u + 0.25
+    series = series * u + 1.0 / 3.0
+    series = series * u + 0.5
+    series = (series * u + 1.0) * u
+    rest = ((0xFFFFFFFF - word).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 1 - u, exact in its fine end
+    return -tl.log(tl.where(u < 0.125, series, -tl.log(rest)))
+
+
+@triton.jit
+def order(x):
+    """int32 that orders as the float32 ``x`` does; the two zeros are equal."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def kth_largest(keys, k, BITS: tl.constexpr):
+    """Largest int32 that at least ``k`` of ``keys`` reach, exact in its upper BITS bits."""
+    found = tl.full((), -2147483648, tl.int32)
+    for i in range(BITS):
+        trial = found + (tl.full((), 1, tl.int32) << (31 - i))
+        found = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= k, trial, found)
+    return found
+
+
+@triton.jit
+def _first(hit, lane, SIZE: tl.constexpr):
+    """Lowest lane where ``hit`` holds; SIZE if there is none."""
+    return tl.min(tl.where(hit, lane, SIZE))
+
+
+@triton.jit
+def _nucleus_cut(keys, mass, wanted, BITS: tl.constexpr):
+    """Smallest key that the nucleus may hold: the mass above it is below ``wanted``."""
+    found = tl.full((), -2147483648, tl.int32)
+    for i in range(BITS):
+        trial = found + (tl.full((), 1, tl.int32) << (31 - i))
+        found = tl.where(tl.sum(tl.where(keys > trial, mass, 0.0)) >= wanted, trial, found)
+    return found + 1
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "top_k", "top_p", "log_min_p", "tau"])
+def _draw_narrow_kernel(
+    logits_ptr,  # [N, V], rows STRIDE apart
+    positions_ptr,  # int32 [N]
+    tile_maxima_ptr,  # float32 [N, cdiv(V, TILE)]
+    tokens_ptr,  # int32 [N], written
+    children_ptr,  # int32 [N, CHILDREN], written
+    edges_ptr,  # float32 [N, CHILDREN], written
+    log_probs_ptr,  # float32 [N] or None, written
+    overflow_ptr,  # int32 [N] or None, written: 1 = the wide kernel must do this row
+    tiles_ptr,  # int32 [N, TILES], scratch
+    ids_ptr,  # int32 [N, SLOTS], scratch
+    values_ptr,  # float32 [N, SLOTS], scratch
+    seed_low,
+    seed_high,
+    temperature,
+    top_k,  # survivors; without noise, candidates
+    top_p,
+    log_min_p,  # -inf = off
+    tau,
+    V: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    NOISE: tl.constexpr,
+    NUCLEUS: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    TILES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_MAXIMA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (N,): one row. Reads its tile maxima and about ``top_k`` tiles of logits, all for greedy children."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_row_ptr = logits_ptr + row * STRIDE
+    NUM_TILES: tl.constexpr = tl.cdiv(V, TILE)
+
+    # tiles that can hold one of the best top_k logits
+    tile = tl.arange(0, BLOCK_MAXIMA)
+    exists = tile < NUM_TILES
+    maxima = tl.load(tile_maxima_ptr + row * NUM_TILES + tile, mask=exists, other=float("-inf"))
+    is_nan = tl.max((maxima != maxima).to(tl.int32)) > 0
+    keys = tl.where(exists, order(maxima), -2147483648)
+    bound = kth_largest(keys, top_k, BITS)
+    wanted = exists & (keys >= bound)
+    if not NOISE:  # of equal tiles the first ones suffice, since ties go to the lowest id
+        above = keys > bound
+        equal = exists & (keys == bound)
+        room = top_k - tl.sum(above.to(tl.int32))
+        wanted = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    num_tiles = tl.sum(wanted.to(tl.int32))
+    place = tl.cumsum(wanted.to(tl.int32), 0) - 1
+    tl.store(tiles_ptr + row * TILES + place, tile, mask=wanted & (place < TILES))
+    tl.debug_barrier()
+
+    # the logits that can be among them, and the exact top_k-th
+    lane = tl.arange(0, TILES * TILE)
+    chosen = tl.load(tiles_ptr + row * TILES + lane // TILE, mask=lane // TILE < num_tiles, other=NUM_TILES)
+    token = chosen * TILE + lane % TILE
+    exists = token < V
+    value = tl.load(logits_row_ptr + token, mask=exists, other=float("-inf")).to(tl.float32)
+    keys = tl.where(exists, order(value), -2147483648)
+    bound = kth_largest(keys, top_k, BITS)
+    wanted = exists & (keys >= bound)
+    if not NOISE:
+        above = keys > bound
+        equal = exists & (keys == bound)
+        room = top_k - tl.sum(above.to(tl.int32))
+        wanted = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    num_survivors = tl.sum(wanted.to(tl.int32))
+    place = tl.cumsum(wanted.to(tl.int32), 0) - 1
+    wanted = wanted & (place < SLOTS)
+    tl.store(ids_ptr + row * SLOTS + place, token, mask=wanted)
+    tl.store(values_ptr + row * SLOTS + place, value, mask=wanted)
+    if overflow_ptr is not None:
+        overflows = (num_tiles > TILES) | (num_survivors > SLOTS)
+        tl.store(overflow_ptr + row, overflows.to(tl.int32))
+    tl.debug_barrier()
+
+    # filters, noise and the draw, on the survivors alone
+    lane = tl.arange(0, SLOTS)
+    exists = lane < num_survivors
+    ids = tl.load(ids_ptr + row * SLOTS + lane, mask=exists, other=0)
+    score = tl.load(values_ptr + row * SLOTS + lane, mask=exists, other=float("-inf"))
+    largest = tl.max(score)
+    if NOISE:
+        score = score / temperature
+        largest = largest / temperature
+        if NUCLEUS:
+            keys = tl.where(exists, order(score), -2147483648)
+            mass = tl.where(exists, tl.exp(score - largest), 0.0)
+            wanted_mass = top_p * tl.sum(mass)
+            cut = _nucleus_cut(keys, mass, wanted_mass, 32)
+            equal = keys == cut
+            before = tl.sum(tl.where(keys > cut, mass, 0.0)) + (tl.cumsum(equal.to(tl.int32), 0) - 1) * mass
+            exists = exists & ((keys > cut) | (equal & (before < wanted_mass)))
+        exists = exists & (score >= largest + log_min_p)
+        score = tl.where(exists, score, float("-inf"))
+    plain = score
+    if NOISE:
+        score = score + gumbel(philox_word(seed_low, seed_high, ids, tl.load(positions_ptr + row)))
+    best = tl.max(score)
+    drawn = _first(score == best, lane, SLOTS)
+    drawn_id = tl.sum(tl.where(lane == drawn, ids, 0))
+    is_nan = is_nan | (best != best) | (drawn == SLOTS)
+    tl.store(tokens_ptr + row, tl.where(is_nan, -1, drawn_id))
+
+    if NOISE:
+        total = tl.sum(tl.exp((score - best) / tau))
+        plain_total = tl.sum(tl.exp(plain - largest))
+    elif (CHILDREN > 0) | (log_probs_ptr is not None):
+        offs = tl.arange(0, BLOCK)
+        total = 0.0
+        plain_total = 0.0
+        for start in range(0, V, BLOCK):
+            x = tl.load(logits_row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32) - best
+            total += tl.sum(tl.exp(x / tau))
+            plain_total += tl.sum(tl.exp(x))
+    if log_probs_ptr is not None:
+        drawn_score = tl.sum(tl.where(lane == drawn, plain, 0.0))
+        tl.store(log_probs_ptr + row, drawn_score - largest - tl.log(plain_total))
+    for child in tl.static_range(CHILDREN):
+        top = tl.max(score)
+        index = _first(score == top, lane, SLOTS)
+        at = row * CHILDREN + child
+        tl.store(children_ptr + at, tl.sum(tl.where(lane == index, ids, 0)))
+        tl.store(edges_ptr + at, (top - best) / tau - tl.log(total))
+        score = tl.where(lane == index, float("-inf"), score)
+
+
+@triton.jit
+def _row_block(logits_row_ptr, start, temperature, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Token ids, which exist, logits and their scores at temperature, from ``start``."""
+    token = start + tl.arange(0, BLOCK)
+    exists = token < V
+    value = tl.load(logits_row_ptr + token, mask=exists, other=float("-inf")).to(tl.float32)
+    return token, exists, value, value / temperature
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "top_k", "top_p", "log_min_p", "tau"])
+def _draw_wide_kernel(
+    logits_ptr,  # [N, V], rows STRIDE apart
+    positions_ptr,  # int32 [N]
+    tokens_ptr,  # int32 [N], written
+    children_ptr,  # int32 [N, CHILDREN], written
+    edges_ptr,  # float32 [N, CHILDREN], written
+    log_probs_ptr,  # float32 [N] or None, written
+    overflow_ptr,  # int32 [N]: which rows to do; None = all
+    scores_ptr,  # float32 [N, V], scratch
+    seed_low,
+    seed_high,
+    temperature,
+    top_k,  # 0 = off
+    top_p,
+    log_min_p,
+    tau,
+    V: tl.constexpr,
+    STRIDE: tl.constexpr,
+    NUCLEUS: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (N,): one row with noise, over the whole vocabulary; the bisections re-read it from the L2 cache."""
+    row = tl.program_id(0).to(tl.int64)
+    if overflow_ptr is not None:  # a constant, unlike what it points to
+        if tl.load(overflow_ptr + row) == 0:
+            return
+    logits_row_ptr = logits_ptr + row * STRIDE
+    scores_row_ptr = scores_ptr + row * V
+    position = tl.load(positions_ptr + row)
+
+    largest = float("-inf")
+    num_nan = 0
+    for start in range(0, V, BLOCK):
+        _, _, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
+        largest = tl.maximum(largest, tl.max(score))
+        num_nan += tl.sum((value != value).to(tl.int32))
+    kth = tl.full((), -2147483648, tl.int32)
+    if top_k > 0:
+        for i in range(BITS):
+            trial = kth + (tl.full((), 1, tl.int32) << (31 - i))
+            count = 0
+            for start in range(0, V, BLOCK):
+                _, exists, value, _ = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
+                count += tl.sum((exists & (order(value) >= trial)).to(tl.int32))
+            kth = tl.where(count >= top_k, trial, kth)
+    cut = tl.full((), -2147483648, tl.int32)
+    before_cut = 0.0
+    wanted_mass = 0.0
+    if NUCLEUS:
+        for start in range(0, V, BLOCK):
+            _, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
+            live = exists & (order(value) >= kth)
+            wanted_mass += tl.sum(tl.where(live, tl.exp(score - largest), 0.0))
+        wanted_mass = wanted_mass * top_p
+        for i in range(32):
+            trial = cut + (tl.full((), 1, tl.int32) << (31 - i))
+            mass_above = 0.0
+            for start in range(0, V, BLOCK):
+                _, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
+                live = exists & (order(value) >= kth) & (order(score) > trial)
+                mass_above += tl.sum(tl.where(live, tl.exp(score - largest), 0.0))
+            cut = tl.where(mass_above >= wanted_mass, trial, cut)
+        cut += 1
+        for start in range(0, V, BLOCK):
+            _, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
+            live = exists & (order(value) >= kth) & (order(score) > cut)
+            before_cut += tl.sum(tl.where(live, tl.exp(score - largest), 0.0))
+
+    best = float("-inf")
+    best_id = V
+    best_plain = 0.0
+    plain_total = 0.0
+    num_equal = 0
+    for start in range(0, V, BLOCK):
+        token, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
+        live = exists & (order(value) >= kth) & (score >= largest + log_min_p)
+        mass = tl.exp(score - largest)
+        if NUCLEUS:
+            keys = order(score)
+            equal = exists & (keys == cut)
+            rank = num_equal + tl.cumsum(equal.to(tl.int32), 0) - 1
+            num_equal += tl.sum(equal.to(tl.int32))
+            live = live & ((keys > cut) | (equal & (before_cut + rank * mass < wanted_mass)))
+        plain_total += tl.sum(tl.where(live, mass, 0.0))
+        plain = score
+        score = tl.where(live, score + gumbel(philox_word(seed_low, seed_high, token, position)), float("-inf"))
+        tl.store(scores_row_ptr + token, score, mask=exists)
+        top = tl.max(score)
+        at = _first(score == top, token, V)
+        better = top > best
+        best_plain = tl.where(better, tl.sum(tl.where(token == at, plain, 0.0)), best_plain)
+        best_id = tl.where(better, at, best_id)
+        best = tl.maximum(best, top)
+    tl.store(tokens_ptr + row, tl.where((num_nan > 0) | (best_id == V), -1, best_id))
+    if log_probs_ptr is not None:
+        tl.store(log_probs_ptr + row, best_plain - largest - tl.log(plain_total))
+    if CHILDREN > 0:
+        tl.debug_barrier()
+        total = 0.0
+        for start in range(0, V, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            score = tl.load(scores_row_ptr + token, mask=token < V, other=float("-inf"))
+            total += tl.sum(tl.exp((score - best) / tau))
+        last, last_id = best, best_id
+        for child in range(CHILDREN):
+            tl.store(children_ptr + row * CHILDREN + child, last_id)
+            tl.store(edges_ptr + row * CHILDREN + child, (last - best) / tau - tl.log(total))
+            above, above_id = last, last_id  # the next one comes after it in (score falling, id rising)
+            last = float("-inf")
+            last_id = 0
+            for start in range(0, V, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                score = tl.load(scores_row_ptr + token, mask=token < V, other=float("-inf"))
+                later = (score < above) | ((score == above) & (token > above_id))
+                score = tl.where(later, score, float("-inf"))
+                top = tl.max(score)
+                last_id = tl.where(top > last, _first(score == top, token, V), last_id)
+                last = tl.maximum(last, top)
+
+
+@triton.jit
+def _tile_maxima_kernel(logits_ptr, maxima_ptr, V: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr):
+    """Grid (N, tiles): the largest logit of one tile, NaN if one of them is."""
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tile * TILE + tl.arange(0, TILE)
+    value = tl.load(logits_ptr + row * STRIDE + token, mask=token < V, other=float("-inf")).to(tl.float32)
+    is_nan = tl.max((value != value).to(tl.int32)) > 0
+    tl.store(maxima_ptr + row * tl.num_programs(1) + tile, tl.where(is_nan, float("nan"), tl.max(value)))
+
+
+def draw(
+    logits: torch.Tensor,  # [N, V], rows may be apart
+    positions: torch.Tensor,  # int32 [N], absolute position of the token being drawn
+    sampling: Sampling,
+    num_children: int = 0,
+    tau: float = 1.0,
+    tile_maxima: torch.Tensor | None = None,  # float32 [N, cdiv(V, VOCAB_TILE)], from ``lm_head``
+    log_probs: torch.Tensor | None = None,  # float32 [N], written
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw each row's token and, for the next tree, its best children; see ``kernels.reference.draw``.
+
+    One or two launches, and one more where ``tile_maxima`` are not given. Raises ValueError for more children than
+    NARROW_K.
+    """
+    num_rows, vocab_size = logits.shape
+    device, width = logits.device, min(num_children, logits.shape[1])
+    if logits.dtype not in FLOATS or logits.stride(1) != 1:
+        raise ValueError(f"logits must be floats in rows of stride 1, got {logits.dtype}, strides {logits.stride()}")
+    if width > NARROW_K:
+        raise ValueError(f"num_children must be at most {NARROW_K}, got {num_children}")
+    require("positions", positions, (num_rows,), torch.int32, device)
+    if log_probs is not None:
+        require("log_probs", log_probs, (num_rows,), torch.float32, device)
+    integers = {"dtype": torch.int32, "device": device}
+    floats = {"dtype": torch.float32, "device": device}
+    tokens = torch.empty(num_rows, **integers)
+    children, edges = torch.empty(num_rows, width, **integers), torch.empty(num_rows, width, **floats)
+    arguments = {
+        "logits_ptr": logits,
+        "positions_ptr": positions,
+        "tokens_ptr": tokens,
+        "children_ptr": children,
+        "edges_ptr": edges,
+        "log_probs_ptr": log_probs,
+        "seed_low": _signed(sampling.seed),
+        "seed_high": _signed(sampling.seed >> 32),
+        "temperature": float(sampling.temperature),
+        "top_p": float(sampling.top_p),
+        "log_min_p": math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf,
+        "tau": float(tau),
+    }
+    constants = {
+        "V": vocab_size,
+        "STRIDE": logits.stride(0),
+        "NUCLEUS": sampling.top_p < 1.0,
+        "CHILDREN": width,
+        "BITS": _SEARCH_BITS[logits.dtype],
+        "BLOCK": min(4096, triton.next_power_of_2(vocab_size)),
+    }
+    top_k = min(sampling.top_k, vocab_size) if sampling.noise else max(1, width)
+    overflow = None
+    if 0 < top_k <= NARROW_K:
+        overflow = torch.empty(num_rows, **integers) if sampling.noise else None
+        _draw_narrow(arguments, constants, logits, tile_maxima, overflow, top_k, sampling.noise)
+    if sampling.noise:
+        scores = torch.empty(num_rows, vocab_size, **floats)
+        arguments |= {"overflow_ptr": overflow, "scores_ptr": scores, "top_k": top_k if top_k < vocab_size else 0}
+        launch(_draw_wide_kernel, (num_rows,), arguments, constants, num_warps=8)
+    return tokens, children, edges
+
+
+def _draw_narrow(arguments, constants, logits, tile_maxima, overflow, top_k: int, noise: bool) -> None:
+    num_rows, vocab_size = logits.shape
+    num_tiles = triton.cdiv(vocab_size, VOCAB_TILE)
+    shared = {"V": vocab_size, "STRIDE": logits.stride(0), "TILE": VOCAB_TILE}
+    if tile_maxima is None:
+        tile_maxima = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
+        pointers = {"logits_ptr": logits, "maxima_ptr": tile_maxima}
+        launch(_tile_maxima_kernel, (num_rows, num_tiles), pointers, shared, num_warps=1)
+    require("tile_maxima", tile_maxima, (num_rows, num_tiles), torch.float32, logits.device)
+    room = 2 if noise else 1  # for ties at the k-th value: all survive
+    tiles = min(triton.next_power_of_2(room * top_k), triton.next_power_of_2(num_tiles))
+    slots = triton.next_power_of_2(room * top_k)
+    scratch = {
+        "tile_maxima_ptr": tile_maxima,
+        "overflow_ptr": overflow,
+        "tiles_ptr": torch.empty(num_rows, tiles, dtype=torch.int32, device=logits.device),
+        "ids_ptr": torch.empty(num_rows, slots, dtype=torch.int32, device=logits.device),
+        "values_ptr": torch.empty(num_rows, slots, dtype=torch.float32, device=logits.device),
+        "top_k": top_k,
+    }
+    sizes = {"TILES": tiles, "SLOTS": slots, "BLOCK_MAXIMA": triton.next_power_of_2(num_tiles), "NOISE": noise}
+    launch(_draw_narrow_kernel, (num_rows,), arguments | scratch, constants | shared | sizes, num_warps=8)
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as a signed number: an argument of one type for every seed."""
+    word &= 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word
