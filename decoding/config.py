@@ -73,7 +73,7 @@ class SpeculationConfig:
         for rounds, width, children in reversed(list(zip(self.rounds, self.widths, self.children, strict=True))):
             calls *= rounds
             added += calls * width * children
-        return 2 * added + self.budget + 1
+        return -(-(2 * added + self.budget + 1) // 16) * 16  # rows of slots start at multiples of 16 bytes
 
 
 def chain(num_tokens: int, stage: str = "draft") -> SpeculationConfig:

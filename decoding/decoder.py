@@ -60,7 +60,6 @@ class StagedDecoder:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
-        page_size: int = 1,
     ) -> "StagedDecoder":
         """Load the chain draft2, draft, oracle.
 
@@ -70,7 +69,7 @@ class StagedDecoder:
         pass where a default does not exist, and for anything that cannot be loaded or does not fit together.
         """
         chosen = runtime.resolve(device, dtype, backend)
-        oracle_stage, tokenizer = _load_stage("oracle", oracle, chosen, page_size)
+        oracle_stage, tokenizer = _load_stage("oracle", oracle, chosen)
         drafts = [_default(draft, "draft", oracle)] if not isinstance(draft, list | tuple) else list(draft)
         drafts = [source for source in drafts if source is not None]
         lower: list[Stage] = []
@@ -79,7 +78,7 @@ class StagedDecoder:
             lower.append(KatzStage("draft2", katz.load(table), chosen.ops))
         for i, source in enumerate(drafts):
             name = "draft" if len(drafts) == 1 else f"draft_{i + 1}"
-            stage, own = _load_stage(name, source, chosen, page_size)
+            stage, own = _load_stage(name, source, chosen)
             if tokenizer is not None and own is not None:
                 text.require_same_tokens("oracle", tokenizer, name, own)
             lower.append(stage)
@@ -204,7 +203,7 @@ class StagedDecoder:
         return default_speculation(method, [stage.name for stage in self.lower])
 
 
-def _load_stage(name: str, source: Any, chosen: runtime.Runtime, page_size: int):
+def _load_stage(name: str, source: Any, chosen: runtime.Runtime):
     """A GPT-2 stage and its tokenizer (None where there is none)."""
     tokenizer = None
     if not hasattr(source, "state_dict"):
@@ -216,7 +215,7 @@ def _load_stage(name: str, source: Any, chosen: runtime.Runtime, page_size: int)
         config, tensors = weights.load(source, chosen.dtype, chosen.device)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return GPT2Stage(name, GPT2(config, tensors, chosen.ops), page_size), tokenizer
+    return GPT2Stage(name, GPT2(config, tensors, chosen.ops)), tokenizer
 
 
 def _default(value: Any, stage: str, oracle: Any) -> Any:

@@ -3,6 +3,8 @@
 Every stage works on one shared token tree whose root is the last committed token. Stages propose from the cheapest up;
 the oracle scores the best nodes in one pass, draws its own token at each of them, and the walk from the root follows
 those draws as far as the tree goes. What is emitted is what the oracle drew, so speculation never changes the text.
+
+An iteration reads nothing back from where its operations run; the host reads one small record after it.
 """
 
 import time
@@ -10,10 +12,11 @@ import time
 import torch
 
 from decoding.config import Limits, SpeculationConfig
-from decoding.stages import Stage
+from decoding.stages import Stage, State, begin_all
 from decoding.stats import Statistics
-from kernels.layout import Sampling
-from kernels.reference import insert_children, new_tree, reroot, select_nodes, verify
+from kernels.layout import EOS, LENGTH, RUNNING, Record, Sampling
+
+_REASONS = {EOS: "eos", LENGTH: "length"}
 
 
 class Generation:
@@ -29,64 +32,71 @@ class Generation:
         config: SpeculationConfig,
     ):
         self.lower, self.oracle, self.sampling, self.config = lower, oracle, sampling, config
+        self.ops = oracle.model.ops
         self.lower_sampling = sampling if config.shared_noise else sampling._replace(noise=False)
         self.text, self.num_prompt = list(prompt), len(prompt)
-        self.eos_token_ids = limits.eos_token_ids
-        self.max_len = min(len(prompt) + limits.max_new_tokens, len(prompt) + oracle.max_depth(len(prompt)) + 1)
         self.finish_reason: str | None = None
-        self.stats = Statistics([stage.name for stage in lower] + [oracle.name])
-        self.tree = new_tree(config.capacity)
-        for stage in [*lower, oracle]:
-            stage.begin(config.capacity)
-        reroot(self.tree, -1, prompt[-1])
+        self.stats = Statistics([stage.name for stage in self.stages])
+        end = min(len(prompt) + limits.max_new_tokens, oracle.context + 1)
+        contexts = [stage.context for stage in self.stages]
+        chain = begin_all(self.stages, prompt, config.capacity, self.ops)
+        device = chain.cached_len.device
+        progress = self.ops.new_progress(prompt, end, config.max_depth, contexts, limits.eos_token_ids, device)
+        self.state = State(self.ops.new_tree(config.capacity, device, prompt[-1]), progress, chain)
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [*self.lower, self.oracle]
 
     @torch.inference_mode()
-    def step(self) -> list[int]:
-        """One iteration; returns the tokens it commits, at least one."""
-        remaining = self.max_len - len(self.text)
-        max_depth = min(self.config.max_depth, remaining - 1, self.oracle.max_depth(len(self.text)))
-        if max_depth > 0:
-            self._propose(len(self.lower) - 1, max_depth)
-        rows = select_nodes(self.tree, len(self.lower), self.config.budget + 1, max_depth)
-        _, _, drawn = self.oracle.score(self.tree, rows, self.text, self.sampling, 0, 1.0)
-        accepted, next_token, ended = verify(self.tree, rows, drawn, remaining - 1, self.eos_token_ids)
-        emitted = self.tree.tokens[accepted].tolist() + ([] if ended else [next_token])
-        self.stats.record(self.tree, rows, accepted, emitted)
-        self._commit(accepted.tolist(), emitted, ended)
-        return emitted
+    def iterate(self) -> None:
+        """One iteration: the lower stages propose, the oracle verifies, all of them commit."""
+        tree, progress, chain = self.state
+        for stage in self.lower:
+            stage.begin_iteration(num_head=self.config.max_depth + 1)
+        self.oracle.begin_iteration(num_head=1)
+        self._propose(len(self.lower) - 1)
+        oracle = len(self.lower)
+        rows = self.ops.select_nodes(tree, oracle, self.config.budget + 1, progress.reach[oracle])
+        verdict = self.oracle.score(self.state, oracle, rows, self.sampling, 0, 1.0)
+        self.ops.verify_and_commit(tree, verdict.nodes, verdict.tokens, progress, chain)
 
-    def _propose(self, index: int, max_depth: int) -> None:
-        """Stage ``index`` and those below it grow the tree down to ``max_depth``."""
+    def _propose(self, index: int) -> None:
+        """Stage ``index`` and those below it grow the tree."""
         if index < 0:
             return
+        tree, progress, _ = self.state
         stage, config = self.lower[index], self.config
-        reach = min(max_depth - 1, stage.max_depth(len(self.text)))
         for _ in range(config.rounds[index]):
-            self._propose(index - 1, max_depth)
-            nodes = select_nodes(self.tree, index, config.widths[index], reach)
-            if len(nodes) == 0:
-                break
-            children, scores, _ = stage.score(
-                self.tree, nodes, self.text, self.lower_sampling, config.children[index], config.tau
+            self._propose(index - 1)
+            nodes = self.ops.select_nodes(tree, index, config.widths[index], progress.reach[index])
+            verdict = stage.score(self.state, index, nodes, self.lower_sampling, config.children[index], config.tau)
+            self.ops.insert_children(
+                tree, index, verdict.nodes, verdict.children, verdict.scores, progress.reach[len(self.lower)]
             )
-            insert_children(self.tree, index, nodes, children, scores, max_depth)
 
-    def _commit(self, accepted: list[int], emitted: list[int], ended: bool) -> None:
+    def step(self) -> list[int]:
+        """One iteration, then its record: the tokens it emitted, at least one.
+
+        Raises FloatingPointError where a stage gave NaN logits.
+        """
+        self.iterate()
+        record = self.state.progress.record.tolist()
+        for stage in self.stages:
+            stage.account(len(self.text))
+        state = record[Record.STATE]
+        if state < 0:
+            name = self.stages[-state - 1].name
+            raise FloatingPointError(f"stage {name!r} produced NaN logits at text length {len(self.text)}")
+        emitted = self.stats.record(record)
         self.text += emitted
-        if ended or emitted[-1] in self.eos_token_ids:
-            self.finish_reason = "eos"
-        elif len(self.text) >= self.max_len:
-            self.finish_reason = "length"
-        if ended:
-            kept = torch.tensor([-1], dtype=torch.int32)
-        else:
-            kept = reroot(self.tree, accepted[-1] if accepted else 0, emitted[-1])
-        for stage in [*self.lower, self.oracle]:
-            stage.commit(accepted, kept)
+        if state != RUNNING:
+            self.finish_reason = _REASONS[state]
+        return emitted
 
     def close(self) -> None:
         """Give every stage's pages back, however the generation ended."""
-        for stage in [*self.lower, self.oracle]:
+        for stage in self.stages:
             stage.end()
 
     def run(self):

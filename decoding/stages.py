@@ -1,179 +1,198 @@
-"""The models of a chain behind one contract: score nodes of the shared token tree, commit what the oracle accepted."""
+"""The models of a chain behind one contract: score nodes of the shared token tree.
+
+What a pass needs (which committed tokens a stage has not seen, where K/V lies) is state of the generation, in tensors
+that stay where the operations run; nothing here reads one.
+"""
 
 import time
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from kernels.layout import DEPTH_LIMIT, MAX_ROWS, Sampling, SuccessorTable, Tree
+from kernels.layout import MAX_ROWS, VOCAB_TILE, Chain, Progress, Sampling, SuccessorTable, Tree
 from model.gpt2 import GPT2, Query
 
 
+class State(NamedTuple):
+    """What all stages of a generation share."""
+
+    tree: Tree
+    progress: Progress
+    chain: Chain
+
+
+class Scored(NamedTuple):
+    """A stage's verdict on nodes."""
+
+    nodes: torch.Tensor  # int32 [W], -1 = none
+    tokens: torch.Tensor  # int32 [W], the token drawn at each
+    children: torch.Tensor  # int32 [W, m], best first
+    scores: torch.Tensor  # float32 [W, m], their edge scores, -inf = no child
+
+
+class Lease(NamedTuple):
+    """The cache slots that one generation may use."""
+
+    page_table: torch.Tensor  # int32 [positions], slot of each position of the context
+    node_slots: torch.Tensor  # int32 [M]
+    cached_len: int  # positions that hold the prompt already
+
+
 class Stage(Protocol):
-    """One model of the chain. ``text`` is the committed text; its last token is the tree's root."""
+    """One model of the chain."""
 
     name: str
     vocab_size: int
+    context: int  # positions it can be fed
     passes: int  # passes of this generation, prefill not counted
-    seconds: float  # time spent in them, prefill included
+    seconds: float  # time the host spent in them, prefill included
     bytes_moved: int  # weights, K/V and table rows of these passes, by arithmetic
 
-    def begin(self, tree_capacity: int) -> None:
-        """Forget the last generation; trees will hold at most ``tree_capacity`` nodes."""
+    def begin(self, prompt: list[int], tree_capacity: int) -> Lease | None:
+        """Forget the last generation and read the prompt; None from a stage without a cache."""
 
-    def max_depth(self, text_len: int) -> int:
-        """Deepest node that can be scored below a text of ``text_len`` tokens; negative if the root itself cannot."""
+    def begin_iteration(self, num_head: int) -> None:
+        """The next pass must catch up with at most ``num_head`` committed tokens, later ones with none."""
 
     def score(
-        self, tree: Tree, nodes: torch.Tensor, text: list[int], sampling: Sampling, num_children: int, tau: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Children int32 [n, m] of ``nodes`` int32 [n], their edge scores float32 [n, m], drawn tokens int32 [n]."""
+        self, state: State, index: int, nodes: torch.Tensor, sampling: Sampling, num_children: int, tau: float
+    ) -> Scored:
+        """One pass as stage ``index`` of the chain; nodes that found no room are left out of the result."""
+
+    def account(self, length: int) -> None:
+        """Count the bytes of the passes since the last call, made below a text of ``length`` tokens."""
 
     def end(self) -> None:
         """Give everything back that the generation holds; the counters stay."""
-
-    def commit(self, accepted: list[int], kept: torch.Tensor) -> None:
-        """Follow the tree to its new root: ``accepted`` nodes become text, ``kept`` names the nodes that stay."""
 
 
 class KatzStage:
     """draft²: a table look-up per node. No cache, no state."""
 
+    context = 2**30
+
     def __init__(self, name: str, table: SuccessorTable, ops: ModuleType):
         self.name, self.table, self.ops = name, table, ops
         self.vocab_size = table.vocab_size
         self._row_bytes = table.tokens.shape[1] * 8 + 16
-        self.begin(0)
+        self.begin([], 0)
 
-    def begin(self, tree_capacity: int) -> None:
+    def begin(self, prompt: list[int], tree_capacity: int) -> None:
         self.passes, self.seconds, self.bytes_moved = 0, 0.0, 0
 
-    def max_depth(self, text_len: int) -> int:
-        return DEPTH_LIMIT
+    def begin_iteration(self, num_head: int) -> None:
+        pass
 
-    def score(self, tree, nodes, text, sampling, num_children, tau):
+    def score(self, state, index, nodes, sampling, num_children, tau):
         start = time.perf_counter()
-        parents = tree.parents[nodes]
-        previous = torch.where(parents >= 0, tree.tokens[parents], text[-2] if len(text) > 1 else -1)
-        positions = tree.depths[nodes] + len(text)
-        children, scores = self.ops.lookup(
-            self.table, previous, tree.tokens[nodes], positions, sampling, num_children, tau
+        children, scores = self.ops.lookup_nodes(
+            self.table, state.tree, nodes, state.progress, sampling, num_children, tau
         )
         self.passes += 1
         self.bytes_moved += len(nodes) * self._row_bytes
         self.seconds += time.perf_counter() - start
-        return children, scores, children[:, 0]
+        return Scored(nodes, children[:, 0], children, scores)
 
-    def commit(self, accepted, kept):
+    def account(self, length: int) -> None:
         pass
 
-    def end(self):
+    def end(self) -> None:
         pass
 
 
 class GPT2Stage:
-    """A GPT-2 with its own paged cache; draft or oracle, the code is the same.
+    """A GPT-2 with its own cache; draft or oracle, the code is the same.
 
-    The cache is a prefix of the committed text. Committed tokens it has not seen go at the head of the next pass, or
-    through prefill when there are many. A node's K/V stays until the node is dropped, so a subtree that survives an
-    iteration is not computed again.
+    The cache is a prefix of the committed text. Committed tokens it has not seen go at the head of the next pass. A
+    node's K/V stays until the node is dropped, so a subtree that survives an iteration is not computed again.
     """
 
-    def __init__(self, name: str, model: GPT2, page_size: int = 1):
-        self.name, self.model, self.page_size = name, model, page_size
-        self.vocab_size = model.config.vocab_size
+    def __init__(self, name: str, model: GPT2):
+        self.name, self.model = name, model
+        self.vocab_size, self.context = model.config.vocab_size, model.config.n_positions
         self.cache = None
         weights = model.weights
         self._kv_bytes = 2 * model.config.n_layer * model.config.n_embd * weights.wte.element_size()
         self._weight_bytes = weights.bytes_per_pass
-        self.begin(0)
+        self._cache_index = 0
+        self._reset_counters()
 
-    def begin(self, tree_capacity: int) -> None:
-        size = self.page_size
-        pages = -(-self.model.config.n_positions // size) + tree_capacity
+    def _reset_counters(self) -> None:
+        self.passes, self.seconds, self.bytes_moved, self.prefill_seconds = 0, 0.0, 0, 0.0
+        self._open_passes = self._open_rows = self._num_head = 0
+
+    def begin(self, prompt: list[int], tree_capacity: int) -> Lease:
+        self._reset_counters()
+        pages = self.context + tree_capacity
         if self.cache is None or self.cache.num_pages < pages:
-            self.cache = self.model.new_cache(pages, size)
+            self.cache = self.model.new_cache(pages)
         else:
             self.cache.reset()
-        self.node_slots = torch.full((max(1, tree_capacity),), -1, dtype=torch.int32)
-        self.passes, self.seconds, self.bytes_moved, self.prefill_seconds = 0, 0.0, 0, 0.0
-
-    def max_depth(self, text_len: int) -> int:
-        return self.model.config.n_positions - text_len
-
-    def score(self, tree, nodes, text, sampling, num_children, tau):
         start = time.perf_counter()
-        hidden = self._run(tree, nodes, text)
-        logits = self.model.logits(hidden)
-        positions = (tree.depths[nodes] + len(text)).to(logits.device)
-        tokens, children, scores = self.model.ops.draw(logits, positions, sampling, num_children, tau)
-        tokens, children, scores = tokens.cpu(), children.cpu(), scores.cpu()
+        if 1 < len(prompt) <= self.context:
+            self.model.prefill(prompt[:-1], self.cache)
+        self.seconds = self.prefill_seconds = time.perf_counter() - start
+        cached_len = self.cache.cached_len[0]
+        self.cache.append(self.context - cached_len)
+        return Lease(self.cache.slots(0, self.context), self.cache.reserve(tree_capacity), cached_len)
+
+    def attach(self, cache_index: int, num_spare: int) -> None:
+        """This stage's row of the chain, and how many rows of a pass ancestors may need that only others have run."""
+        self._cache_index, self._num_spare = cache_index, num_spare
+
+    def begin_iteration(self, num_head: int) -> None:
+        self._num_head = num_head
+
+    def score(self, state, index, nodes, sampling, num_children, tau):
+        start = time.perf_counter()
+        tree, progress, chain = state
+        model, ops = self.model, self.model.ops
+        reach = progress.reach[index]
+        room = len(nodes) + self._num_spare
+        rows = ops.stage_rows(tree, nodes, progress, chain, self._cache_index, reach, self._num_head, room)
+        self._num_head = 0
+        if len(rows.tokens) == 0:
+            empty = tree.edge_scores.new_empty(0, 0)
+            return Scored(rows.nodes, rows.nodes, empty.int(), empty)
+        hidden = self._forward(rows, chain, progress)[rows.row_of.to(model.device)]
+        tile_maxima = hidden.new_empty(len(hidden), -(-self.vocab_size // VOCAB_TILE), dtype=torch.float32)
+        logits = model.logits(hidden, tile_maxima)
+        positions = rows.draw_positions.to(model.device)
+        drawn = ops.draw(logits, positions, sampling, num_children, tau, tile_maxima)
+        drawn = (part.to(tree.tokens.device) for part in drawn)
+        self._open_rows += len(rows.tokens)
         self.seconds += time.perf_counter() - start
-        if int(tokens.min()) < 0:
-            raise FloatingPointError(f"stage {self.name!r} produced NaN logits at text length {len(text)}")
-        return children, scores, tokens
+        return Scored(rows.nodes, *drawn)
 
-    def _run(self, tree: Tree, nodes: torch.Tensor, text: list[int]) -> torch.Tensor:
-        """One pass over the committed tokens not yet cached and ``nodes``: last hidden states of ``nodes``, [n, C]."""
-        cache = self.cache
-        self._prefill(text)
-        head = text[cache.cached_len[0] :]  # ends with the root, or is empty where the root is cached
-        needed = tree.paths[nodes].flatten().unique()  # ancestors that only a higher stage has scored come along
-        needed = needed[needed > 0]
-        below = needed[self.node_slots[needed] < 0]
-        head_slots = cache.append(len(head))
-        below_slots = cache.reserve(len(below))
-        self.node_slots[below] = below_slots
-        root_position = len(text) - 1
-        columns = (
-            torch.cat([torch.tensor(head, dtype=torch.int32), tree.tokens[below]]),
-            torch.cat(
-                [
-                    torch.arange(root_position + 1 - len(head), root_position + 1, dtype=torch.int32),
-                    root_position + tree.depths[below],
-                ]
-            ),
-            torch.cat([head_slots, below_slots]),
-            torch.cat([tree.paths.new_zeros(len(head), tree.paths.shape[1]), tree.paths[below]]),
-        )
-        passes = zip(*(column.split(MAX_ROWS) for column in columns), strict=True)  # parents are in earlier rows
-        hidden = torch.cat([self.model.forward(self._query(*rows), cache) for rows in passes])
-        num_rows = len(head) + len(below)
-        num_passes = -(-num_rows // MAX_ROWS)
-        self.passes += num_passes
-        self.bytes_moved += num_passes * (self._weight_bytes + (len(text) + num_rows) * self._kv_bytes)
-        row_of = torch.searchsorted(below, nodes) + len(head)
-        return hidden[torch.where(nodes == 0, len(head) - 1, row_of).to(hidden.device)]
+    def _forward(self, rows, chain: Chain, progress: Progress) -> torch.Tensor:
+        """Last hidden states of all rows, [R, C]; what is too much for one pass goes in several, parents first."""
+        index, device = self._cache_index, self.model.device
+        columns = (rows.tokens, rows.positions, torch.zeros_like(rows.tokens), rows.slot_mapping, rows.paths)
+        shared = (chain.node_slots[index], chain.page_tables[index : index + 1], progress.length)
+        node_slots, page_table, committed = (column.to(device) for column in shared)
+        parts = []
+        for part in zip(*(column.to(device).split(MAX_ROWS) for column in columns), strict=True):
+            parts.append(self.model.forward(Query(*part, node_slots), self.cache, page_table, committed))
+        self.passes += len(parts)
+        self._open_passes += len(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _query(self, tokens, positions, slots, paths) -> Query:
-        rows = (tokens, positions, torch.zeros_like(tokens), slots, paths, self.node_slots)
-        return Query(*(row.to(self.model.device) for row in rows))
+    def account(self, length: int) -> None:
+        per_pass = self._weight_bytes + length * self._kv_bytes
+        self.bytes_moved += self._open_passes * per_pass + self._open_rows * self._kv_bytes
+        self._open_passes = self._open_rows = 0
 
-    def _prefill(self, text: list[int]) -> None:
-        start = time.perf_counter()
-        missing = len(text) - 1 - self.cache.cached_len[0]
-        if missing > DEPTH_LIMIT:
-            self.model.prefill(text[self.cache.cached_len[0] : -1], self.cache)
-            self.prefill_seconds += time.perf_counter() - start
-
-    def commit(self, accepted, kept):
-        slots = self.node_slots
-        path = [*accepted, int(kept[0])]  # the new root, where it was a node of the tree
-        linked = []
-        for node in path:
-            if node < 0 or slots[node] < 0:
-                break
-            linked.append(node)
-        self.cache.commit(slots[linked].tolist())
-        stays = torch.zeros(len(slots), dtype=torch.bool)
-        stays[kept[kept > 0].long()] = True
-        stays[linked] = True
-        dropped = slots[(slots >= 0) & ~stays]
-        self.cache.release(dropped.tolist())
-        renamed = torch.full_like(slots, -1)
-        renamed[1 : len(kept)] = slots[kept[1:]]
-        self.node_slots = renamed
-
-    def end(self):
+    def end(self) -> None:
         self.cache.reset()
+
+
+def begin_all(stages: list[Stage], prompt: list[int], tree_capacity: int, ops: ModuleType) -> Chain:
+    """Begin a generation on every stage, the oracle last: the chain of their caches."""
+    leases = [(stage, stage.begin(prompt, tree_capacity)) for stage in stages]
+    leases = [(stage, lease) for stage, lease in leases if lease is not None]
+    for i, (stage, _) in enumerate(leases):
+        stage.attach(i, num_spare=tree_capacity if len(leases) > 2 and stage is not stages[-1] else 0)
+    device = ops.state_device(leases[-1][0].model.device)
+    tables, slots, lengths = zip(*(lease for _, lease in leases), strict=True)
+    return ops.new_chain(list(tables), list(slots), list(lengths), device)

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from kernels.layout import Tree
+from kernels.layout import Record
 
 
 @dataclass
@@ -25,18 +23,18 @@ class Statistics:
         self.iterations: list[Iteration] = []
         self.seconds = 0.0
 
-    def record(self, tree: Tree, rows: torch.Tensor, accepted: torch.Tensor, emitted: list[int]) -> None:
-        """Count one verified tree: ``rows`` were in the oracle's pass, the walk took ``accepted``."""
-        oracle = len(self.names) - 1
-        nodes, walk = rows.tolist()[1:], [0, *accepted.tolist()]
-        source = dict(zip(nodes, tree.sources[nodes].tolist(), strict=True))
-        parent = dict(zip(nodes, tree.parents[nodes].tolist(), strict=True))
-        proposed = [0] * oracle
-        for node in nodes:
-            proposed[source[node]] += 1
-        tried = [frozenset(source[n] for n in nodes if parent[n] == visited) for visited in walk]
-        sources = [source[node] for node in walk[1:]] + [oracle]
-        self.iterations.append(Iteration(proposed, tried[: len(emitted)], sources[: len(emitted)]))
+    def record(self, record: list[int]) -> list[int]:
+        """Count one iteration from its record (``kernels.layout.Record``); returns the tokens it emitted."""
+        count, oracle = record[Record.EMITTED], len(self.names) - 1
+        tried = record[Record.TRIED : Record.TRIED + count]
+        self.iterations.append(
+            Iteration(
+                proposed=record[Record.PROPOSED : Record.PROPOSED + oracle],
+                tried=[frozenset(i for i in range(oracle) if mask >> i & 1) for mask in tried],
+                sources=record[Record.SOURCES : Record.SOURCES + count],
+            )
+        )
+        return record[Record.TOKENS : Record.TOKENS + count]
 
     def truncate(self, num_dropped: int) -> None:
         """Forget the last ``num_dropped`` tokens, a stop string cut them off; their passes stay counted."""

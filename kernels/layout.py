@@ -46,6 +46,64 @@ class Tree(NamedTuple):
     scored: torch.Tensor  # int32 [M], the highest stage that has scored the node's children, -1 for none
     paths: torch.Tensor  # int32 [M, DEPTH_LIMIT + 1]
     num_nodes: torch.Tensor  # int32 [1]
+    failed: torch.Tensor  # int32 [1], 1 + the stage that gave NaN, 0 = none
+
+
+class Progress(NamedTuple):
+    """How far one generation is. ``reach`` row i holds, in column 0, the deepest node that stage i may score in the
+    next iteration, negative for none; its last row is the oracle's, and no node of the tree may be deeper than that."""
+
+    text: torch.Tensor  # int32 [context + 1], committed tokens; the last one is the tree's root
+    length: torch.Tensor  # int32 [1], committed tokens
+    end: torch.Tensor  # int32 [1], the length at which the generation ends
+    reach: torch.Tensor  # int32 [stages, 4]
+    contexts: torch.Tensor  # int32 [stages], positions that each stage can be fed
+    depths: torch.Tensor  # int32 [1], deepest node that the configuration allows
+    eos: torch.Tensor  # int32 [any], tokens that end the text
+    state: torch.Tensor  # int32 [1], RUNNING, EOS, LENGTH, or -1 - the stage that gave NaN
+    record: torch.Tensor  # int32 [RECORD], what the last iteration did; see ``Record``
+
+
+RUNNING, EOS, LENGTH = 0, 1, 2
+MAX_STAGES = 8
+RUN = 48  # places for the tokens of one iteration, DEPTH_LIMIT + 1 of them used
+
+
+class Record:
+    """Where the fields of a record begin: the host reads nothing else of an iteration."""
+
+    EMITTED = 0  # number of tokens emitted
+    STATE = 1  # state after the iteration
+    PROPOSED = 2  # [MAX_STAGES], nodes of the oracle's pass by their source
+    TOKENS = 16  # [RUN], the tokens emitted
+    SOURCES = 16 + RUN  # [RUN], the cheapest stage that had proposed each, the oracle's index for its own
+    TRIED = 16 + 2 * RUN  # [RUN], bit i: stage i had proposed a child where that token was drawn
+
+
+RECORD = 16 + 3 * RUN
+
+
+class Chain(NamedTuple):
+    """The caches of one generation, one row per stage that has one. Slots of a stage in ``page_tables`` beyond its
+    committed positions and in ``node_slots`` are spare; together they always hold each of its slots exactly once, so
+    that committing a node is an exchange of two numbers."""
+
+    page_tables: torch.Tensor  # int32 [C, positions], slot of each position
+    node_slots: torch.Tensor  # int32 [C, M], slot of each node of the tree
+    cached: torch.Tensor  # int32 [C, M], 1 where the stage has the node's K/V
+    cached_len: torch.Tensor  # int32 [C], committed positions whose K/V the stage has
+
+
+class Rows(NamedTuple):
+    """The rows of one stage's pass: committed tokens that it has not seen, then nodes. Slot -1 marks a dead row."""
+
+    tokens: torch.Tensor  # int32 [R]
+    positions: torch.Tensor  # int32 [R]
+    slot_mapping: torch.Tensor  # int32 [R]
+    paths: torch.Tensor  # int32 [R, DEPTH_LIMIT + 1]
+    nodes: torch.Tensor  # int32 [W], the nodes to score, -1 = none
+    row_of: torch.Tensor  # int32 [W], their rows
+    draw_positions: torch.Tensor  # int32 [W], absolute positions of the tokens to draw there
 
 
 class SuccessorTable(NamedTuple):

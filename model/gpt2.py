@@ -45,16 +45,23 @@ class GPT2:
         )
 
     @torch.inference_mode()
-    def forward(self, query: Query, cache: PagedKVCache) -> torch.Tensor:
+    def forward(
+        self,
+        query: Query,
+        cache: PagedKVCache,
+        page_table: torch.Tensor | None = None,  # int32 [B, pages], None = the cache's own
+        committed: torch.Tensor | None = None,  # int32 [B], None = the cache's own lengths
+    ) -> torch.Tensor:
         """Write the rows' K/V into their slots and return the last hidden states [N, C], before the final norm.
 
-        A row attends to the committed positions below its own (``cache.cached_len``, the rows of this pass that were
-        appended included) and to the nodes of its path. Row r's result depends on its own path alone, bit for bit.
+        A row attends to the committed positions below its own (the rows of this pass that are committed included) and
+        to the nodes of its path. Row r's result depends on its own path alone, bit for bit.
         """
         ops, config, weights = self.ops, self.config, self.weights
-        committed = torch.tensor(cache.cached_len, dtype=torch.int32, device=self.device)
+        if committed is None:
+            committed = torch.tensor(cache.cached_len, dtype=torch.int32, device=self.device)
         route = ops.route(
-            cache.page_table,
+            cache.page_table if page_table is None else page_table,
             cache.page_size,
             committed,
             query.sequences,
@@ -79,11 +86,11 @@ class GPT2:
         return x
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token logits [N, V] of hidden states [N, C], in the model's dtype."""
+    def logits(self, hidden: torch.Tensor, tile_maxima: torch.Tensor | None = None) -> torch.Tensor:
+        """Next-token logits [N, V] of hidden states [N, C], in the model's dtype; ``tile_maxima`` as in ``lm_head``."""
         weights = self.weights
         eps = self.config.layer_norm_epsilon
-        return self.ops.lm_head(hidden, weights.ln_f_weight, weights.ln_f_bias, eps, weights.lm_head)
+        return self.ops.lm_head(hidden, weights.ln_f_weight, weights.ln_f_bias, eps, weights.lm_head, tile_maxima)
 
     def append(self, tokens: list[int], cache: PagedKVCache, sequence: int = 0) -> torch.Tensor:
         """Commit ``tokens`` to ``cache`` in one pass: hidden states [n, C]."""

@@ -111,32 +111,35 @@ def test_seed_is_returned_and_repeats_the_text(four_stages):
     assert first.new_token_ids == again.new_token_ids
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_caches_stay_sound_after_every_iteration(table, page_size):
-    """Free + used = total; the oracle's cache is one short of the text, a lower stage's is a prefix of it; and what a
-    cache holds is what a fresh prefill of the same text computes, bit for bit."""
+def test_caches_stay_sound_after_every_iteration(table):
+    """Each slot is a position's or a node's, exactly once; the oracle's cache is one short of the text, a lower stage's
+    is a prefix of it; and what a cache holds is what a fresh prefill of the same text computes, bit for bit."""
     oracle = tiny_model(0, 2)
     drafts = [tiny_model(1, 1), equality.noisy_copy(oracle, 0.2)]
-    decoder = StagedDecoder.from_pretrained(oracle, drafts, table, device="cpu", dtype="float32", page_size=page_size)
+    decoder = StagedDecoder.from_pretrained(oracle, drafts, table, device="cpu", dtype="float32")
     config = configurations()["four stages"]
     sampling = SamplingConfig(do_sample=True).with_seed(1)
     generation = Generation(decoder.lower, decoder.oracle, [5, 17], sampling, Limits(60), config)
+    chain = generation.state.chain
+    stages = [*decoder.lower[1:], decoder.oracle]
     while generation.finish_reason is None:
         generation.step()
-        assert decoder.oracle.cache.cached_len == [len(generation.text) - 1]
-        for stage in [*decoder.lower[1:], decoder.oracle]:
-            stage.cache.check()
-            assert stage.cache.cached_len[0] <= len(generation.text)
-            _assert_cache_holds(stage, generation.text)
-    for stage in decoder.lower[1:]:
-        assert stage.cache.cached_len[0] > 40, "a lower stage fell behind the text"
+        assert chain.cached_len[-1] == len(generation.text) - 1
+        for i, stage in enumerate(stages):
+            slots = [*chain.page_tables[i, : stage.context].tolist(), *chain.node_slots[i].tolist()]
+            assert sorted(slots) == list(range(1, stage.context + config.capacity + 1)), "a slot is lost or twice there"
+            assert not stage.cache.k[:, 0].any() and not stage.cache.v[:, 0].any(), "the null page was written"
+            _assert_cache_holds(stage, generation.text[: chain.cached_len[i]], chain.page_tables[i])
+    assert (chain.cached_len > 40).all(), "a lower stage fell behind the text"
+    generation.close()
+    for stage in stages:
+        stage.cache.check()
 
 
-def _assert_cache_holds(stage, text):
-    length = stage.cache.cached_len[0]
-    fresh = stage.model.new_cache(length)
-    stage.model.prefill(text[:length], fresh)
-    got, want = stage.cache.slots(0, length), fresh.slots(0, length)
+def _assert_cache_holds(stage, text, slots):
+    fresh = stage.model.new_cache(len(text))
+    stage.model.prefill(text, fresh)
+    got, want = slots[: len(text)], fresh.slots(0, len(text))
     assert torch.equal(stage.cache.k[:, got], fresh.k[:, want])
     assert torch.equal(stage.cache.v[:, got], fresh.v[:, want])
 

@@ -20,73 +20,12 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import FLOATS, launch, require
+from kernels.gpu.noise import first, gumbel, kth_largest, nucleus_cut, order, philox_word
+from kernels.gpu.sampling_wide import draw_wide_kernel
 from kernels.layout import VOCAB_TILE, Sampling
 
 NARROW_K = 64  # largest top-k and number of children of the narrow kernel
 _SEARCH_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}  # of a logit as float32, zeros not counted
-
-
-@triton.jit
-def philox_word(seed_low, seed_high, token, position):
-    """First word of Philox4x32-10 with key ``seed`` and counter (token, position, 0, 0): uint32."""
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True).to(
-        tl.uint64
-    )
-    zero = tl.zeros_like(token).to(tl.uint32)
-    word, _, _, _ = tl.philox(seed, token.to(tl.uint32), zero + position.to(tl.uint32), zero, zero)
-    return word
-
-
-@triton.jit
-def gumbel(word):
-    """-log(-log(1 - u)), u = (word + 1/2) / 2^32, to about float32's own precision.
-
-    Large noise comes from small u, where 1 - u would lose it: there the inner logarithm is its series.
-    """
-    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    series = 1.0 / 9.0 * u + 0.125
-    series = series * u + 1.0 / 7.0
-    series = series * u + 1.0 / 6.0
-    series = series * u + 0.2
-    series = series * u + 0.25
-    series = series * u + 1.0 / 3.0
-    series = series * u + 0.5
-    series = (series * u + 1.0) * u
-    rest = ((0xFFFFFFFF - word).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 1 - u, exact in its fine end
-    return -tl.log(tl.where(u < 0.125, series, -tl.log(rest)))
-
-
-@triton.jit
-def order(x):
-    """int32 that orders as the float32 ``x`` does; the two zeros are equal."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def kth_largest(keys, k, BITS: tl.constexpr):
-    """Largest int32 that at least ``k`` of ``keys`` reach, exact in its upper BITS bits."""
-    found = tl.full((), -2147483648, tl.int32)
-    for i in range(BITS):
-        trial = found + (tl.full((), 1, tl.int32) << (31 - i))
-        found = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= k, trial, found)
-    return found
-
-
-@triton.jit
-def _first(hit, lane, SIZE: tl.constexpr):
-    """Lowest lane where ``hit`` holds; SIZE if there is none."""
-    return tl.min(tl.where(hit, lane, SIZE))
-
-
-@triton.jit
-def _nucleus_cut(keys, mass, wanted, BITS: tl.constexpr):
-    """Smallest key that the nucleus may hold: the mass above it is below ``wanted``."""
-    found = tl.full((), -2147483648, tl.int32)
-    for i in range(BITS):
-        trial = found + (tl.full((), 1, tl.int32) << (31 - i))
-        found = tl.where(tl.sum(tl.where(keys > trial, mass, 0.0)) >= wanted, trial, found)
-    return found + 1
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "top_k", "top_p", "log_min_p", "tau"])
@@ -181,7 +120,7 @@ def _draw_narrow_kernel(
             keys = tl.where(exists, order(score), -2147483648)
             mass = tl.where(exists, tl.exp(score - largest), 0.0)
             wanted_mass = top_p * tl.sum(mass)
-            cut = _nucleus_cut(keys, mass, wanted_mass, 32)
+            cut = nucleus_cut(keys, mass, wanted_mass, 32)
             equal = keys == cut
             before = tl.sum(tl.where(keys > cut, mass, 0.0)) + (tl.cumsum(equal.to(tl.int32), 0) - 1) * mass
             exists = exists & ((keys > cut) | (equal & (before < wanted_mass)))
@@ -191,7 +130,7 @@ def _draw_narrow_kernel(
     if NOISE:
         score = score + gumbel(philox_word(seed_low, seed_high, ids, tl.load(positions_ptr + row)))
     best = tl.max(score)
-    drawn = _first(score == best, lane, SLOTS)
+    drawn = first(score == best, lane, SLOTS)
     drawn_id = tl.sum(tl.where(lane == drawn, ids, 0))
     is_nan = is_nan | (best != best) | (drawn == SLOTS)
     tl.store(tokens_ptr + row, tl.where(is_nan, -1, drawn_id))
@@ -212,143 +151,11 @@ def _draw_narrow_kernel(
         tl.store(log_probs_ptr + row, drawn_score - largest - tl.log(plain_total))
     for child in tl.static_range(CHILDREN):
         top = tl.max(score)
-        index = _first(score == top, lane, SLOTS)
+        index = first(score == top, lane, SLOTS)
         at = row * CHILDREN + child
         tl.store(children_ptr + at, tl.sum(tl.where(lane == index, ids, 0)))
         tl.store(edges_ptr + at, (top - best) / tau - tl.log(total))
         score = tl.where(lane == index, float("-inf"), score)
-
-
-@triton.jit
-def _row_block(logits_row_ptr, start, temperature, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Token ids, which exist, logits and their scores at temperature, from ``start``."""
-    token = start + tl.arange(0, BLOCK)
-    exists = token < V
-    value = tl.load(logits_row_ptr + token, mask=exists, other=float("-inf")).to(tl.float32)
-    return token, exists, value, value / temperature
-
-
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "top_k", "top_p", "log_min_p", "tau"])
-def _draw_wide_kernel(
-    logits_ptr,  # [N, V], rows STRIDE apart
-    positions_ptr,  # int32 [N]
-    tokens_ptr,  # int32 [N], written
-    children_ptr,  # int32 [N, CHILDREN], written
-    edges_ptr,  # float32 [N, CHILDREN], written
-    log_probs_ptr,  # float32 [N] or None, written
-    overflow_ptr,  # int32 [N]: which rows to do; None = all
-    scores_ptr,  # float32 [N, V], scratch
-    seed_low,
-    seed_high,
-    temperature,
-    top_k,  # 0 = off
-    top_p,
-    log_min_p,
-    tau,
-    V: tl.constexpr,
-    STRIDE: tl.constexpr,
-    NUCLEUS: tl.constexpr,
-    CHILDREN: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid (N,): one row with noise, over the whole vocabulary; the bisections re-read it from the L2 cache."""
-    row = tl.program_id(0).to(tl.int64)
-    if overflow_ptr is not None:  # a constant, unlike what it points to
-        if tl.load(overflow_ptr + row) == 0:
-            return
-    logits_row_ptr = logits_ptr + row * STRIDE
-    scores_row_ptr = scores_ptr + row * V
-    position = tl.load(positions_ptr + row)
-
-    largest = float("-inf")
-    num_nan = 0
-    for start in range(0, V, BLOCK):
-        _, _, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-        largest = tl.maximum(largest, tl.max(score))
-        num_nan += tl.sum((value != value).to(tl.int32))
-    kth = tl.full((), -2147483648, tl.int32)
-    if top_k > 0:
-        for i in range(BITS):
-            trial = kth + (tl.full((), 1, tl.int32) << (31 - i))
-            count = 0
-            for start in range(0, V, BLOCK):
-                _, exists, value, _ = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-                count += tl.sum((exists & (order(value) >= trial)).to(tl.int32))
-            kth = tl.where(count >= top_k, trial, kth)
-    cut = tl.full((), -2147483648, tl.int32)
-    before_cut = 0.0
-    wanted_mass = 0.0
-    if NUCLEUS:
-        for start in range(0, V, BLOCK):
-            _, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-            live = exists & (order(value) >= kth)
-            wanted_mass += tl.sum(tl.where(live, tl.exp(score - largest), 0.0))
-        wanted_mass = wanted_mass * top_p
-        for i in range(32):
-            trial = cut + (tl.full((), 1, tl.int32) << (31 - i))
-            mass_above = 0.0
-            for start in range(0, V, BLOCK):
-                _, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-                live = exists & (order(value) >= kth) & (order(score) > trial)
-                mass_above += tl.sum(tl.where(live, tl.exp(score - largest), 0.0))
-            cut = tl.where(mass_above >= wanted_mass, trial, cut)
-        cut += 1
-        for start in range(0, V, BLOCK):
-            _, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-            live = exists & (order(value) >= kth) & (order(score) > cut)
-            before_cut += tl.sum(tl.where(live, tl.exp(score - largest), 0.0))
-
-    best = float("-inf")
-    best_id = V
-    best_plain = 0.0
-    plain_total = 0.0
-    num_equal = 0
-    for start in range(0, V, BLOCK):
-        token, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-        live = exists & (order(value) >= kth) & (score >= largest + log_min_p)
-        mass = tl.exp(score - largest)
-        if NUCLEUS:
-            keys = order(score)
-            equal = exists & (keys == cut)
-            rank = num_equal + tl.cumsum(equal.to(tl.int32), 0) - 1
-            num_equal += tl.sum(equal.to(tl.int32))
-            live = live & ((keys > cut) | (equal & (before_cut + rank * mass < wanted_mass)))
-        plain_total += tl.sum(tl.where(live, mass, 0.0))
-        plain = score
-        score = tl.where(live, score + gumbel(philox_word(seed_low, seed_high, token, position)), float("-inf"))
-        tl.store(scores_row_ptr + token, score, mask=exists)
-        top = tl.max(score)
-        at = _first(score == top, token, V)
-        better = top > best
-        best_plain = tl.where(better, tl.sum(tl.where(token == at, plain, 0.0)), best_plain)
-        best_id = tl.where(better, at, best_id)
-        best = tl.maximum(best, top)
-    tl.store(tokens_ptr + row, tl.where((num_nan > 0) | (best_id == V), -1, best_id))
-    if log_probs_ptr is not None:
-        tl.store(log_probs_ptr + row, best_plain - largest - tl.log(plain_total))
-    if CHILDREN > 0:
-        tl.debug_barrier()
-        total = 0.0
-        for start in range(0, V, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            score = tl.load(scores_row_ptr + token, mask=token < V, other=float("-inf"))
-            total += tl.sum(tl.exp((score - best) / tau))
-        last, last_id = best, best_id
-        for child in range(CHILDREN):
-            tl.store(children_ptr + row * CHILDREN + child, last_id)
-            tl.store(edges_ptr + row * CHILDREN + child, (last - best) / tau - tl.log(total))
-            above, above_id = last, last_id  # the next one comes after it in (score falling, id rising)
-            last = float("-inf")
-            last_id = 0
-            for start in range(0, V, BLOCK):
-                token = start + tl.arange(0, BLOCK)
-                score = tl.load(scores_row_ptr + token, mask=token < V, other=float("-inf"))
-                later = (score < above) | ((score == above) & (token > above_id))
-                score = tl.where(later, score, float("-inf"))
-                top = tl.max(score)
-                last_id = tl.where(top > last, _first(score == top, token, V), last_id)
-                last = tl.maximum(last, top)
 
 
 @triton.jit
@@ -418,7 +225,7 @@ def draw(
     if sampling.noise:
         scores = torch.empty(num_rows, vocab_size, **floats)
         arguments |= {"overflow_ptr": overflow, "scores_ptr": scores, "top_k": top_k if top_k < vocab_size else 0}
-        launch(_draw_wide_kernel, (num_rows,), arguments, constants, num_warps=8)
+        launch(draw_wide_kernel, (num_rows,), arguments, constants, num_warps=8)
     return tokens, children, edges
 
 

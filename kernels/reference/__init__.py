@@ -11,6 +11,14 @@ from kernels.reference.forward import (
     route,
     tree_attention,
 )
+from kernels.reference.iteration import (
+    lookup_nodes,
+    new_chain,
+    new_progress,
+    stage_rows,
+    state_device,
+    verify_and_commit,
+)
 from kernels.reference.sampling import draw, gumbel_noise, hash_context, lookup, philox
 from kernels.reference.tree import insert_children, new_tree, reroot, select_nodes, verify
 
@@ -26,12 +34,18 @@ __all__ = [
     "linear_residual",
     "lm_head",
     "lookup",
+    "lookup_nodes",
+    "new_chain",
+    "new_progress",
     "new_tree",
     "path_slots",
     "philox",
     "reroot",
     "route",
     "select_nodes",
+    "stage_rows",
+    "state_device",
     "tree_attention",
     "verify",
+    "verify_and_commit",
 ]

@@ -10,11 +10,11 @@ import torch
 from kernels.layout import DEPTH_LIMIT, Tree
 
 
-def new_tree(capacity: int, device: torch.device | str = "cpu") -> Tree:
-    """An empty tree with room for ``capacity`` nodes."""
+def new_tree(capacity: int, device: torch.device | str = "cpu", root: int | None = None) -> Tree:
+    """A tree with room for ``capacity`` nodes: empty, or ``root``'s token alone."""
     integers = {"dtype": torch.int32, "device": device}
     floats = {"dtype": torch.float32, "device": device}
-    return Tree(
+    tree = Tree(
         tokens=torch.full((capacity,), -1, **integers),
         parents=torch.full((capacity,), -1, **integers),
         depths=torch.zeros(capacity, **integers),
@@ -24,18 +24,23 @@ def new_tree(capacity: int, device: torch.device | str = "cpu") -> Tree:
         scored=torch.full((capacity,), -1, **integers),
         paths=torch.full((capacity, DEPTH_LIMIT + 1), -1, **integers),
         num_nodes=torch.zeros(1, **integers),
+        failed=torch.zeros(1, **integers),
     )
+    if root is not None:
+        tree.tokens[0], tree.paths[0, 0], tree.num_nodes[0] = root, 0, 1
+    return tree
 
 
-def select_nodes(tree: Tree, stage: int, width: int, max_depth: int) -> torch.Tensor:
+def select_nodes(tree: Tree, stage: int, width: int, max_depth: int | torch.Tensor) -> torch.Tensor:
     """The ``width`` best nodes that ``stage`` has not scored, by path score: int32 [<= width], rising.
 
-    Nodes deeper than ``max_depth`` and nodes below a rejected edge (score -inf) are never taken. What is returned
-    together with what ``stage`` has scored is closed under taking parents.
+    Nodes deeper than ``max_depth`` (a number, or an int32 tensor whose first element counts) and nodes below a rejected
+    edge (score -inf) are never taken. What is returned together with what ``stage`` has scored is closed under taking
+    parents.
     """
     n = int(tree.num_nodes)
     scores = tree.path_scores[:n].numpy()
-    free = (tree.scored[:n].numpy() < stage) & (tree.depths[:n].numpy() <= max_depth) & (scores > -np.inf)
+    free = (tree.scored[:n].numpy() < stage) & (tree.depths[:n].numpy() <= _number(max_depth)) & (scores > -np.inf)
     nodes = np.flatnonzero(free)
     best = nodes[np.argsort(-scores[nodes], kind="stable")[:width]]
     return torch.from_numpy(np.sort(best).astype(np.int32))
@@ -47,14 +52,17 @@ def insert_children(
     nodes: torch.Tensor,  # int32 [n], the nodes that ``stage`` has just scored
     children: torch.Tensor,  # int32 [n, m]
     scores: torch.Tensor,  # float32 [n, m], edge scores, -inf = no child
-    max_depth: int,
+    max_depth: int | torch.Tensor,
 ) -> None:
     """Give each node the children that ``stage`` ranks best.
 
     A child that a lower stage had guessed keeps its index and its subtree and takes the new edge score; a guess that
     the stage does not rank is rejected (edge score -inf, and so is its subtree). Path scores of all descendants follow.
-    When the tree is full, further children are dropped.
+    When the tree is full, further children are dropped. A NaN score marks the tree as failed.
     """
+    max_depth = _number(max_depth)
+    if scores.isnan().any():
+        tree.failed[0] = stage + 1
     n = count = int(tree.num_nodes)
     tokens, parents, depths = tree.tokens.numpy(), tree.parents.numpy(), tree.depths.numpy()
     edges, sources, paths = tree.edge_scores.numpy(), tree.sources.numpy(), tree.paths.numpy()
@@ -69,7 +77,7 @@ def insert_children(
         if depths[node] >= max_depth:
             continue
         for token, score in zip(row, row_scores, strict=True):
-            if score == -np.inf:
+            if not score > -np.inf:
                 continue
             index = index_of.get((node, token))
             if index is None:
@@ -85,6 +93,10 @@ def insert_children(
             sources[index] = min(sources[index], stage)
     tree.num_nodes[0] = count
     _sum_paths(tree)
+
+
+def _number(value: int | torch.Tensor) -> int:
+    return value if isinstance(value, int) else int(value.flatten()[0])
 
 
 def _sum_paths(tree: Tree) -> None:

@@ -1,0 +1,67 @@
+"""What draws are made of: Philox words, Gumbel noise, exact order statistics by bisection on the bits of a float."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox_word(seed_low, seed_high, token, position):
+    """First word of Philox4x32-10 with key ``seed`` and counter (token, position, 0, 0): uint32."""
+    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True).to(
+        tl.uint64
+    )
+    zero = tl.zeros_like(token).to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, token.to(tl.uint32), zero + position.to(tl.uint32), zero, zero)
+    return word
+
+
+@triton.jit
+def gumbel(word):
+    """-log(-log(1 - u)), u = (word + 1/2) / 2^32, to about float32's own precision.
+
+    Large noise comes from small u, where 1 - u would lose it: there the inner logarithm is its series.
+    """
+    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    series = 1.0 / 9.0 * u + 0.125
+    series = series * u + 1.0 / 7.0
+    series = series * u + 1.0 / 6.0
+    series = series * u + 0.2
+    series = series * u + 0.25
+    series = series * u + 1.0 / 3.0
+    series = series * u + 0.5
+    series = (series * u + 1.0) * u
+    rest = ((0xFFFFFFFF - word).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 1 - u, exact in its fine end
+    return -tl.log(tl.where(u < 0.125, series, -tl.log(rest)))
+
+
+@triton.jit
+def order(x):
+    """int32 that orders as the float32 ``x`` does; the two zeros are equal."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def kth_largest(keys, k, BITS: tl.constexpr):
+    """Largest int32 that at least ``k`` of ``keys`` reach, exact in its upper BITS bits."""
+    found = tl.full((), -2147483648, tl.int32)
+    for i in range(BITS):
+        trial = found + (tl.full((), 1, tl.int32) << (31 - i))
+        found = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= k, trial, found)
+    return found
+
+
+@triton.jit
+def first(hit, lane, SIZE: tl.constexpr):
+    """Lowest lane where ``hit`` holds; SIZE if there is none."""
+    return tl.min(tl.where(hit, lane, SIZE))
+
+
+@triton.jit
+def nucleus_cut(keys, mass, wanted, BITS: tl.constexpr):
+    """Smallest key that the nucleus may hold: the mass above it is below ``wanted``."""
+    found = tl.full((), -2147483648, tl.int32)
+    for i in range(BITS):
+        trial = found + (tl.full((), 1, tl.int32) << (31 - i))
+        found = tl.where(tl.sum(tl.where(keys > trial, mass, 0.0)) >= wanted, trial, found)
+    return found + 1
