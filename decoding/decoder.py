@@ -19,6 +19,7 @@ from decoding.config import (
 )
 from decoding.loop import Generation
 from decoding.stages import GPT2Stage, KatzStage, Stage
+from kernels.layout import SuccessorTable
 from model import runtime, weights
 from model.gpt2 import GPT2
 
@@ -75,7 +76,10 @@ class StagedDecoder:
         lower: list[Stage] = []
         table = _default(draft2, "draft2", oracle)
         if table is not None:
-            lower.append(KatzStage("draft2", katz.load(table), chosen.ops))
+            rows = katz.load(table)
+            home = chosen.ops.state_device(chosen.device)
+            rows = SuccessorTable(*(part.to(home) for part in rows[:-1]), rows.vocab_size)
+            lower.append(KatzStage("draft2", rows, chosen.ops))
         for i, source in enumerate(drafts):
             name = "draft" if len(drafts) == 1 else f"draft_{i + 1}"
             stage, own = _load_stage(name, source, chosen)

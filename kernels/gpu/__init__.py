@@ -1,21 +1,23 @@
 """The Triton backend: the names and signatures of ``kernels.reference``, on the GPU or in Triton's interpreter."""
 
+import torch
+
 from kernels.gpu.config import PREFILL_ROWS
 from kernels.gpu.forward import layer_norm_linear, layer_norm_qkv, linear_residual, lm_head, tree_attention
 from kernels.gpu.launch import interpreting
+from kernels.gpu.lookup import lookup_nodes
 from kernels.gpu.route import embed, route
+from kernels.gpu.rows import stage_rows
 from kernels.gpu.sampling import draw
-from kernels.reference import (
-    insert_children,
-    lookup_nodes,
-    new_chain,
-    new_progress,
-    new_tree,
-    select_nodes,
-    stage_rows,
-    state_device,
-    verify_and_commit,
-)
+from kernels.gpu.tree import insert_children, select_nodes
+from kernels.gpu.verify import verify_and_commit
+from kernels.reference import new_chain, new_progress, new_tree
+
+
+def state_device(device: torch.device) -> torch.device:
+    """Where trees, progress and chains live for a model on ``device``: beside it."""
+    return device
+
 
 __all__ = [
     "PREFILL_ROWS",

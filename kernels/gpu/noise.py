@@ -65,3 +65,12 @@ def nucleus_cut(keys, mass, wanted, BITS: tl.constexpr):
         trial = found + (tl.full((), 1, tl.int32) << (31 - i))
         found = tl.where(tl.sum(tl.where(keys > trial, mass, 0.0)) >= wanted, trial, found)
     return found + 1
+
+
+def seed_words(seed: int) -> dict[str, int]:
+    """The two halves of a 64-bit seed as signed numbers, so that every seed has arguments of one type."""
+
+    def signed(word: int) -> int:
+        return word - 2**32 if word >= 2**31 else word
+
+    return {"seed_low": signed(seed & 0xFFFFFFFF), "seed_high": signed(seed >> 32)}

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import FLOATS, launch, require
-from kernels.gpu.noise import first, gumbel, kth_largest, nucleus_cut, order, philox_word
+from kernels.gpu.noise import first, gumbel, kth_largest, nucleus_cut, order, philox_word, seed_words
 from kernels.gpu.sampling_wide import draw_wide_kernel
 from kernels.layout import VOCAB_TILE, Sampling
 
@@ -202,8 +202,7 @@ def draw(
         "children_ptr": children,
         "edges_ptr": edges,
         "log_probs_ptr": log_probs,
-        "seed_low": _signed(sampling.seed),
-        "seed_high": _signed(sampling.seed >> 32),
+        **seed_words(sampling.seed),
         "temperature": float(sampling.temperature),
         "top_p": float(sampling.top_p),
         "log_min_p": math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf,
@@ -251,9 +250,3 @@ def _draw_narrow(arguments, constants, logits, tile_maxima, overflow, top_k: int
     }
     sizes = {"TILES": tiles, "SLOTS": slots, "BLOCK_MAXIMA": triton.next_power_of_2(num_tiles), "NOISE": noise}
     launch(_draw_narrow_kernel, (num_rows,), arguments | scratch, constants | shared | sizes, num_warps=8)
-
-
-def _signed(word: int) -> int:
-    """The low 32 bits as a signed number: an argument of one type for every seed."""
-    word &= 0xFFFFFFFF
-    return word - 2**32 if word >= 2**31 else word
