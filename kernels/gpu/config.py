@@ -59,18 +59,26 @@ def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.d
     """The rule for shapes that were never tuned: about one program per multiprocessor, a deep pipeline in each."""
     if arch == "interpreter":  # large tiles, since a step costs milliseconds; two splits so that they are tested
         return LinearTiles(16, 64, 64 if depth < 512 else 256, 2 if depth > 64 else 1)
+
+    def cut(tile: int, step: int) -> int:
+        return _splits(-(-num_outputs // tile), -(-depth // step))
+
     if dtype == torch.float32:  # products on the vector units: 16 rows, or dead rows would cost more than the weights
-        return LinearTiles(16, 32, 32, _splits(num_outputs // 32, depth // 32), 4, 3)
+        return LinearTiles(16, 32, 32, cut(32, 32), 4, 3)
     if arch.startswith("gfx"):
-        return LinearTiles(64, 64, 64, _splits(num_outputs // 64, depth // 64), 4, 2)
+        return LinearTiles(64, 64, 64, cut(64, 64), 4, 2)
     if arch in ("sm_80", "sm_89"):  # 99 KiB of shared memory on sm_89
-        return LinearTiles(64, 64, 64, _splits(num_outputs // 64, depth // 64), 4, 4)
-    return LinearTiles(64, 64, 128, _splits(num_outputs // 64, depth // 128), 4, 4)
+        return LinearTiles(64, 64, 64, cut(64, 64), 4, 4)
+    return LinearTiles(64, 64, 128, cut(64, 128), 4, 4)
 
 
 def _splits(num_tiles: int, num_steps: int) -> int:
-    """Largest even cut of the depth that stays below 192 programs and leaves each at least two steps."""
-    fitting = [n for n in range(2, 17) if num_steps % n == 0 and num_steps >= 2 * n and num_tiles * n <= 192]
+    """Finest cut of the depth that stays below 192 programs, gives each two steps and leaves none without work."""
+    fitting = [
+        n
+        for n in range(2, 17)
+        if num_tiles * n <= 192 and -(-num_steps // n) >= 2 and -(-num_steps // n) * (n - 1) < num_steps
+    ]
     return max(fitting, default=1)
 
 
@@ -103,7 +111,9 @@ def _table() -> dict:
 
 def write_table(table: dict) -> None:
     """Replace the table; rows are ``{"tiles": {...}, ...provenance}`` by architecture and ``key``."""
-    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    unfinished = TABLE.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    unfinished.replace(TABLE)
     _table.cache_clear()
 
 

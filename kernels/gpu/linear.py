@@ -34,23 +34,47 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _moments(x_ptr, offs_row, mask_row, K: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and 1 / standard deviation of each row: two passes inside a chunk, chunks merged in order (Chan)."""
-    offs_k = tl.arange(0, BLOCK)
-    mean = tl.zeros_like(offs_row).to(tl.float32)
-    square = mean
-    for start in range(0, K, BLOCK):
-        mask_k = start + offs_k < K
-        mask = mask_row[:, None] & mask_k[None, :]
-        x = tl.load(x_ptr + offs_row[:, None] * K + (start + offs_k)[None, :], mask=mask, other=0.0).to(tl.float32)
-        count = tl.minimum(K - start, BLOCK).to(tl.float32)
-        chunk_mean = tl.sum(x, 1) / count
-        centred = tl.where(mask_k[None, :], x - chunk_mean[:, None], 0.0)
-        share = count / (start + count)
-        delta = chunk_mean - mean
-        mean += delta * share
-        square += tl.sum(centred * centred, 1) + delta * delta * start * share
+def _moments(x_ptr, first, num_rows, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean and 1 / standard deviation of ROWS rows: two passes inside a chunk, chunks merged in order (Chan)."""
+    mean = tl.zeros((ROWS,), tl.float32)
+    square = tl.zeros((ROWS,), tl.float32)
+    if first < num_rows:
+        offs_row = first + tl.arange(0, ROWS)
+        mask_row = offs_row < num_rows
+        offs_k = tl.arange(0, BLOCK)
+        for start in range(0, K, BLOCK):
+            mask_k = start + offs_k < K
+            mask = mask_row[:, None] & mask_k[None, :]
+            x = tl.load(x_ptr + offs_row[:, None] * K + (start + offs_k)[None, :], mask=mask, other=0.0)
+            x = x.to(tl.float32)
+            count = tl.minimum(K - start, BLOCK).to(tl.float32)
+            chunk_mean = tl.sum(x, 1) / count
+            centred = tl.where(mask_k[None, :], x - chunk_mean[:, None], 0.0)
+            share = count / (start + count)
+            delta = chunk_mean - mean
+            mean += delta * share
+            square += tl.sum(centred * centred, 1) + delta * delta * start * share
     return mean, tl.rsqrt(square / K + EPS)
+
+
+@triton.jit
+def _four(a, b, c, d, SIZE: tl.constexpr):
+    """The concatenation of four vectors [SIZE]."""
+    joined = tl.join(tl.join(a, b), tl.join(c, d))  # [SIZE, 2, 2], [i, j, k] from vector 2 k + j
+    return tl.reshape(tl.permute(joined, (2, 1, 0)), (4 * SIZE,))
+
+
+@triton.jit
+def _tile_moments(x_ptr, first, num_rows, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """``_moments`` of a row tile; of 64 rows, quarters without a live row cost nothing."""
+    if ROWS == 64:
+        mean_0, scale_0 = _moments(x_ptr, first, num_rows, 16, K, EPS, BLOCK)
+        mean_1, scale_1 = _moments(x_ptr, first + 16, num_rows, 16, K, EPS, BLOCK)
+        mean_2, scale_2 = _moments(x_ptr, first + 32, num_rows, 16, K, EPS, BLOCK)
+        mean_3, scale_3 = _moments(x_ptr, first + 48, num_rows, 16, K, EPS, BLOCK)
+        return _four(mean_0, mean_1, mean_2, mean_3, 16), _four(scale_0, scale_1, scale_2, scale_3, 16)
+    else:
+        return _moments(x_ptr, first, num_rows, ROWS, K, EPS, BLOCK)
 
 
 @triton.jit
@@ -143,7 +167,8 @@ def _linear_kernel(
     mask_out = column < M
     offs_k = tl.arange(0, BLOCK_K)
     if norm_weight_ptr is not None:
-        mean, scale = _moments(x_ptr, offs_row, mask_row, K, EPS, BLOCK_K)
+        first = row_tile.to(tl.int64) * BLOCK_ROWS
+        mean, scale = _tile_moments(x_ptr, first, num_rows, BLOCK_ROWS, K, EPS, BLOCK_K)
 
     STEPS: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
