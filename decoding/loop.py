@@ -71,6 +71,8 @@ class Generation:
             self._propose(index - 1)
             nodes = self.ops.select_nodes(tree, index, config.widths[index], progress.reach[index])
             verdict = stage.score(self.state, index, nodes, self.lower_sampling, config.children[index], config.tau)
+            for below in self.lower[:index]:
+                below.learn(self.state, verdict)
             self.ops.insert_children(
                 tree, index, verdict.nodes, verdict.children, verdict.scores, progress.reach[len(self.lower)]
             )

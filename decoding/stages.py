@@ -29,6 +29,7 @@ class Scored(NamedTuple):
     tokens: torch.Tensor  # int32 [W], the token drawn at each
     children: torch.Tensor  # int32 [W, m], best first
     scores: torch.Tensor  # float32 [W, m], their edge scores, -inf = no child
+    log_probs: torch.Tensor | None  # float32 [W, m], the same without noise and tau; None from a table
 
 
 class Lease(NamedTuple):
@@ -60,6 +61,9 @@ class Stage(Protocol):
     ) -> Scored:
         """One pass as stage ``index`` of the chain; nodes that found no room are left out of the result."""
 
+    def learn(self, state: State, verdict: Scored) -> None:
+        """Take note of what a stage above has just drawn."""
+
     def account(self, length: int) -> None:
         """Count the bytes of the passes since the last call, made below a text of ``length`` tokens."""
 
@@ -68,18 +72,21 @@ class Stage(Protocol):
 
 
 class KatzStage:
-    """draft²: a table look-up per node. No cache, no state."""
+    """draft²: a look-up per node, in what the stage above drew after the same two tokens or else in a baked table."""
 
     context = 2**30
+    num_recent, recent_width = 2**14, 8  # 1.2 MB
 
     def __init__(self, name: str, table: SuccessorTable, ops: ModuleType):
         self.name, self.table, self.ops = name, table, ops
         self.vocab_size = table.vocab_size
+        self.recent = ops.new_recent(self.num_recent, self.recent_width, self.vocab_size, table.tokens.device)
         self._row_bytes = table.tokens.shape[1] * 8 + 16
         self.begin([], 0)
 
     def begin(self, prompt: list[int], tree_capacity: int) -> None:
         self.passes, self.seconds, self.bytes_moved = 0, 0.0, 0
+        self.recent.keys.fill_(-1)
 
     def begin_iteration(self, num_head: int) -> None:
         pass
@@ -87,12 +94,19 @@ class KatzStage:
     def score(self, state, index, nodes, sampling, num_children, tau):
         start = time.perf_counter()
         children, scores = self.ops.lookup_nodes(
-            self.table, state.tree, nodes, state.progress, sampling, num_children, tau
+            self.table, state.tree, nodes, state.progress, sampling, num_children, tau, self.recent
         )
         self.passes += 1
         self.bytes_moved += len(nodes) * self._row_bytes
         self.seconds += time.perf_counter() - start
-        return Scored(nodes, children[:, 0], children, scores)
+        return Scored(nodes, children[:, 0], children, scores, None)
+
+    def learn(self, state, verdict):
+        if verdict.log_probs is not None:
+            start = time.perf_counter()
+            tree, progress, _ = state
+            self.ops.learn(self.recent, tree, verdict.nodes, progress, verdict.children, verdict.log_probs)
+            self.seconds += time.perf_counter() - start
 
     def account(self, length: int) -> None:
         pass
@@ -154,13 +168,14 @@ class GPT2Stage:
         self._num_head = 0
         if len(rows.tokens) == 0:
             empty = tree.edge_scores.new_empty(0, 0)
-            return Scored(rows.nodes, rows.nodes, empty.int(), empty)
+            return Scored(rows.nodes, rows.nodes, empty.int(), empty, empty)
         hidden = self._forward(rows, chain, progress)[rows.row_of.to(model.device)]
         tile_maxima = hidden.new_empty(len(hidden), -(-self.vocab_size // VOCAB_TILE), dtype=torch.float32)
         logits = model.logits(hidden, tile_maxima)
         positions = rows.draw_positions.to(model.device)
-        drawn = ops.draw(logits, positions, sampling, num_children, tau, tile_maxima)
-        drawn = (part.to(tree.tokens.device) for part in drawn)
+        log_probs = tile_maxima.new_empty(len(hidden), min(num_children, self.vocab_size))
+        drawn = ops.draw(logits, positions, sampling, num_children, tau, tile_maxima, child_log_probs=log_probs)
+        drawn = (part.to(tree.tokens.device) for part in (*drawn, log_probs))
         self._open_rows += len(rows.tokens)
         self.seconds += time.perf_counter() - start
         return Scored(rows.nodes, *drawn)
@@ -177,6 +192,9 @@ class GPT2Stage:
         self.passes += len(parts)
         self._open_passes += len(parts)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def learn(self, state, verdict):
+        pass
 
     def account(self, length: int) -> None:
         per_pass = self._weight_bytes + length * self._kv_bytes

@@ -21,6 +21,7 @@ ROW_BLOCK = 16  # rows per product of the torch backend
 MAX_ROWS = 128  # rows of one pass over a tree; a longer pass is a prefill
 VOCAB_TILE = 64  # logits whose maximum the output head may keep for the sampler
 MAX_PROBES = 16  # buckets that a look-up of a successor table may visit; the builder keeps within it
+LEAST_REST = 1e-6  # mass outside a remembered row, where rounding leaves none
 NULL_PAGE = 0  # never handed out, always zero: what a dead lane reads
 
 
@@ -115,6 +116,19 @@ class SuccessorTable(NamedTuple):
     log_probs: torch.Tensor  # float32 [rows, m], -inf padding
     log_rest: torch.Tensor  # float32 [rows], log of the mass outside the row
     vocab_size: int  # rows [0, vocab_size) are the contexts of one token
+
+
+class RecentTable(NamedTuple):
+    """What a higher stage drew in this generation after contexts of two tokens; a newer row replaces an older one.
+
+    One bucket a context, ``hash_context`` of its key; log-probabilities are those at the generation's temperature.
+    """
+
+    keys: torch.Tensor  # int64 [buckets], a power of two; previous * vocab_size + last, -1 empty
+    tokens: torch.Tensor  # int32 [buckets, m]
+    log_probs: torch.Tensor  # float32 [buckets, m], -inf padding
+    log_rest: torch.Tensor  # float32 [buckets]
+    vocab_size: int
 
 
 class Sampling(NamedTuple):

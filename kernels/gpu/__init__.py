@@ -5,13 +5,13 @@ import torch
 from kernels.gpu.config import PREFILL_ROWS
 from kernels.gpu.forward import layer_norm_linear, layer_norm_qkv, linear_residual, lm_head, tree_attention
 from kernels.gpu.launch import interpreting
-from kernels.gpu.lookup import lookup_nodes
+from kernels.gpu.lookup import learn, lookup_nodes
 from kernels.gpu.route import embed, route
 from kernels.gpu.rows import stage_rows
 from kernels.gpu.sampling import draw
 from kernels.gpu.tree import insert_children, select_nodes
 from kernels.gpu.verify import verify_and_commit
-from kernels.reference import new_chain, new_progress, new_tree
+from kernels.reference import new_chain, new_progress, new_recent, new_tree
 
 
 def state_device(device: torch.device) -> torch.device:
@@ -27,11 +27,13 @@ __all__ = [
     "interpreting",
     "layer_norm_linear",
     "layer_norm_qkv",
+    "learn",
     "linear_residual",
     "lm_head",
     "lookup_nodes",
     "new_chain",
     "new_progress",
+    "new_recent",
     "new_tree",
     "route",
     "select_nodes",

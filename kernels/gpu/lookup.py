@@ -1,4 +1,8 @@
-"""draft² on the device: the contexts of all nodes are hashed, probed and turned into children in one launch."""
+"""draft² on the device: the contexts of all nodes are hashed, probed and turned into children in one launch.
+
+Beside the baked table stands a small one that the sampler itself refills at every pass of a stage above; a context
+found there is answered from there.
+"""
 
 import torch
 import triton
@@ -7,10 +11,16 @@ import triton.language as tl
 from kernels.gpu.launch import launch, require
 from kernels.gpu.noise import first, gumbel, philox_word, seed_words
 from kernels.gpu.tree import require_tree
-from kernels.layout import MAX_PROBES, Progress, Sampling, SuccessorTable, Tree
+from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "tau", "num_buckets"])
+@triton.jit
+def _hash(key, num_buckets):
+    """First bucket of an int64 key, ``hash_context`` of kernels.reference."""
+    return (key * -7046029254386353131 >> 32) & (num_buckets - 1)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "tau", "num_buckets", "num_recent"])
 def _lookup_kernel(
     nodes_ptr,  # int32 [W], -1 = none
     tree_tokens_ptr,  # int32 [M]
@@ -23,6 +33,10 @@ def _lookup_kernel(
     tokens_ptr,  # int32 [rows, WIDTH]
     log_probs_ptr,  # float32 [rows, WIDTH]
     log_rest_ptr,  # float32 [rows]
+    recent_keys_ptr,  # int64 [recent] or None
+    recent_tokens_ptr,  # int32 [recent, RECENT_WIDTH] or None
+    recent_log_probs_ptr,  # float32 [recent, RECENT_WIDTH] or None
+    recent_log_rest_ptr,  # float32 [recent] or None
     children_ptr,  # int32 [W, CHILDREN], written
     scores_ptr,  # float32 [W, CHILDREN], written
     seed_low,
@@ -30,8 +44,10 @@ def _lookup_kernel(
     temperature,
     tau,
     num_buckets,  # a power of two
+    num_recent,  # a power of two
     V: tl.constexpr,
     WIDTH: tl.constexpr,
+    RECENT_WIDTH: tl.constexpr,
     CHILDREN: tl.constexpr,
     NOISE: tl.constexpr,
     PROBES: tl.constexpr,
@@ -53,7 +69,7 @@ def _lookup_kernel(
 
     key = previous * V + last
     offs = tl.arange(0, PROBES)
-    bucket = ((key * -7046029254386353131 >> 32) & (num_buckets - 1)) + offs  # the hash of kernels.reference
+    bucket = _hash(key, num_buckets) + offs
     bucket = tl.where(bucket >= num_buckets, bucket - num_buckets, bucket)
     hit = (tl.load(keys_ptr + bucket) == key) & (previous >= 0)
     probe = first(hit, offs, PROBES)
@@ -65,11 +81,20 @@ def _lookup_kernel(
     exists = lane < WIDTH
     token = tl.load(tokens_ptr + row * WIDTH + lane, mask=exists, other=-1)
     score = tl.load(log_probs_ptr + row * WIDTH + lane, mask=exists, other=float("-inf")) / temperature
-    rest = tl.load(log_rest_ptr + row) / temperature / tau
+    rest = tl.load(log_rest_ptr + row) / temperature
+    if recent_keys_ptr is not None:
+        slot = _hash(key, num_recent)
+        is_recent = (tl.load(recent_keys_ptr + slot) == key) & (previous >= 0)
+        use = is_recent & (lane < RECENT_WIDTH)
+        exists = tl.where(is_recent, lane < RECENT_WIDTH, exists)
+        token = tl.load(recent_tokens_ptr + slot * RECENT_WIDTH + lane, mask=use, other=token)
+        score = tl.load(recent_log_probs_ptr + slot * RECENT_WIDTH + lane, mask=use, other=score)
+        rest = tl.load(recent_log_rest_ptr + slot, mask=is_recent, other=rest)
     if NOISE:
         position = length + tl.load(depths_ptr + node)
         score = score + gumbel(philox_word(seed_low, seed_high, token, position))
     score = tl.where(exists, score, float("-inf")) / tau
+    rest = rest / tau
     largest = tl.maximum(tl.max(score), rest)
     total = largest + tl.log(tl.sum(tl.exp(score - largest)) + tl.exp(rest - largest))
     for i in tl.static_range(CHILDREN):
@@ -88,6 +113,7 @@ def lookup_nodes(
     sampling: Sampling,
     num_children: int,
     tau: float,
+    recent: RecentTable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The table's best children of each node and their edge scores; see ``kernels.reference``. One launch.
 
@@ -101,6 +127,8 @@ def lookup_nodes(
     require("tokens", table.tokens, (None, None), torch.int32, device)
     require("log_probs", table.log_probs, tuple(table.tokens.shape), torch.float32, device)
     require("log_rest", table.log_rest, (len(table.tokens),), torch.float32, device)
+    keys, tokens, log_probs, log_rest, _ = recent or (None,) * 5
+    recent_width = 0 if recent is None else require_recent(recent, device)
     num_children = min(num_children, width)
     children = torch.empty(len(nodes), num_children, dtype=torch.int32, device=device)
     scores = torch.empty(len(nodes), num_children, dtype=torch.float32, device=device)
@@ -119,21 +147,128 @@ def lookup_nodes(
             "tokens_ptr": table.tokens,
             "log_probs_ptr": table.log_probs,
             "log_rest_ptr": table.log_rest,
+            "recent_keys_ptr": keys,
+            "recent_tokens_ptr": tokens,
+            "recent_log_probs_ptr": log_probs,
+            "recent_log_rest_ptr": log_rest,
             "children_ptr": children,
             "scores_ptr": scores,
             **seed_words(sampling.seed),
             "temperature": float(sampling.temperature),
             "tau": float(tau),
             "num_buckets": len(table.keys),
+            "num_recent": 1 if recent is None else len(keys),
         },
         {
             "V": table.vocab_size,
             "WIDTH": width,
+            "RECENT_WIDTH": recent_width,
             "CHILDREN": num_children,
             "NOISE": sampling.noise,
             "PROBES": MAX_PROBES,
-            "BLOCK": triton.next_power_of_2(width),
+            "BLOCK": triton.next_power_of_2(max(width, recent_width)),
         },
         num_warps=1,
     )
     return children, scores
+
+
+def require_recent(recent: RecentTable, device: torch.device) -> int:
+    """Raise ValueError unless ``recent`` is what the kernels read; its width."""
+    num_buckets, width = recent.tokens.shape
+    require("recent.keys", recent.keys, (num_buckets,), torch.int64, device)
+    require("recent.tokens", recent.tokens, (num_buckets, width), torch.int32, device)
+    require("recent.log_probs", recent.log_probs, (num_buckets, width), torch.float32, device)
+    require("recent.log_rest", recent.log_rest, (num_buckets,), torch.float32, device)
+    return width
+
+
+@triton.jit(do_not_specialize=["num_recent"])
+def _learn_kernel(
+    nodes_ptr,  # int32 [W], -1 = none
+    tree_tokens_ptr,  # int32 [M]
+    parents_ptr,  # int32 [M]
+    text_ptr,  # int32 [any]
+    length_ptr,  # int32 [1]
+    children_ptr,  # int32 [W, CHILDREN]
+    log_probs_ptr,  # float32 [W, CHILDREN]
+    recent_keys_ptr,  # int64 [recent], written, as all below
+    recent_tokens_ptr,  # int32 [recent, RECENT_WIDTH]
+    recent_log_probs_ptr,  # float32 [recent, RECENT_WIDTH]
+    recent_log_rest_ptr,  # float32 [recent]
+    num_recent,  # a power of two
+    V: tl.constexpr,
+    W: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    RECENT_WIDTH: tl.constexpr,
+    LEAST_REST: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (1,): all nodes; of those that fall into one bucket the last one writes."""
+    w = tl.arange(0, BLOCK_W)
+    node = tl.load(nodes_ptr + w, mask=w < W, other=-1)
+    live = node >= 0
+    length = tl.load(length_ptr)
+    parent = tl.load(parents_ptr + node, mask=live, other=-1)
+    before_root = tl.load(text_ptr + length - 2, mask=length > 1, other=-1)
+    previous = tl.load(tree_tokens_ptr + parent, mask=live & (parent >= 0), other=before_root).to(tl.int64)
+    key = previous * V + tl.load(tree_tokens_ptr + node, mask=live, other=0)
+    lane = tl.arange(0, BLOCK)[None, :]
+    has = live[:, None] & (lane < CHILDREN) & (lane < RECENT_WIDTH)
+    token = tl.load(children_ptr + w[:, None] * CHILDREN + lane, mask=has, other=0)
+    log_prob = tl.load(log_probs_ptr + w[:, None] * CHILDREN + lane, mask=has, other=float("-inf"))
+    live = live & (previous >= 0) & (tl.max((log_prob > float("-inf")).to(tl.int32), 1) > 0)
+    slot = tl.where(live, _hash(key, num_recent), -1)
+    later = (slot[:, None] == slot[None, :]) & (w[:, None] < w[None, :])
+    live = live & (tl.max(later.to(tl.int32), 1) == 0)
+    rest = tl.maximum(1.0 - tl.sum(tl.exp(log_prob), 1), LEAST_REST)
+    target = slot[:, None] * RECENT_WIDTH + lane
+    tl.store(recent_keys_ptr + slot, key, mask=live)
+    tl.store(recent_log_rest_ptr + slot, tl.log(rest), mask=live)
+    tl.store(recent_tokens_ptr + target, token, mask=has & live[:, None])
+    tl.store(recent_log_probs_ptr + target, log_prob, mask=live[:, None] & (lane < RECENT_WIDTH))
+
+
+def learn(
+    recent: RecentTable,
+    tree: Tree,
+    nodes: torch.Tensor,  # int32 [W], -1 = none
+    progress: Progress,
+    children: torch.Tensor,  # int32 [W, m]
+    log_probs: torch.Tensor,  # float32 [W, m], of the children, at the generation's temperature, without noise
+) -> None:
+    """Remember what a stage has just drawn at ``nodes``; see ``kernels.reference``. One launch."""
+    device = tree.tokens.device
+    require_tree(tree)
+    require("nodes", nodes, (None,), torch.int32, device)
+    require("children", children, (len(nodes), None), torch.int32, device)
+    require("log_probs", log_probs, tuple(children.shape), torch.float32, device)
+    width = require_recent(recent, device)
+    launch(
+        _learn_kernel,
+        (1,),
+        {
+            "nodes_ptr": nodes,
+            "tree_tokens_ptr": tree.tokens,
+            "parents_ptr": tree.parents,
+            "text_ptr": progress.text,
+            "length_ptr": progress.length,
+            "children_ptr": children,
+            "log_probs_ptr": log_probs,
+            "recent_keys_ptr": recent.keys,
+            "recent_tokens_ptr": recent.tokens,
+            "recent_log_probs_ptr": recent.log_probs,
+            "recent_log_rest_ptr": recent.log_rest,
+            "num_recent": len(recent.keys),
+        },
+        {
+            "V": recent.vocab_size,
+            "W": len(nodes),
+            "CHILDREN": children.shape[1],
+            "RECENT_WIDTH": width,
+            "LEAST_REST": LEAST_REST,
+            "BLOCK_W": triton.next_power_of_2(len(nodes)),
+            "BLOCK": triton.next_power_of_2(max(width, children.shape[1])),
+        },
+    )

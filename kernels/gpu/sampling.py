@@ -37,6 +37,7 @@ def _draw_narrow_kernel(
     children_ptr,  # int32 [N, CHILDREN], written
     edges_ptr,  # float32 [N, CHILDREN], written
     log_probs_ptr,  # float32 [N] or None, written
+    child_log_probs_ptr,  # float32 [N, CHILDREN] or None, written
     overflow_ptr,  # int32 [N] or None, written: 1 = the wide kernel must do this row
     tiles_ptr,  # int32 [N, TILES], scratch
     ids_ptr,  # int32 [N, SLOTS], scratch
@@ -154,7 +155,10 @@ def _draw_narrow_kernel(
         index = first(score == top, lane, SLOTS)
         at = row * CHILDREN + child
         tl.store(children_ptr + at, tl.sum(tl.where(lane == index, ids, 0)))
-        tl.store(edges_ptr + at, (top - best) / tau - tl.log(total))
+        tl.store(edges_ptr + at, tl.where(is_nan, float("nan"), (top - best) / tau - tl.log(total)))
+        if child_log_probs_ptr is not None:
+            plain_at = tl.sum(tl.where(lane == index, plain, 0.0))
+            tl.store(child_log_probs_ptr + at, plain_at - largest - tl.log(plain_total))
         score = tl.where(lane == index, float("-inf"), score)
 
 
@@ -176,6 +180,7 @@ def draw(
     tau: float = 1.0,
     tile_maxima: torch.Tensor | None = None,  # float32 [N, cdiv(V, VOCAB_TILE)], from ``lm_head``
     log_probs: torch.Tensor | None = None,  # float32 [N], written
+    child_log_probs: torch.Tensor | None = None,  # float32 [N, m], written
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw each row's token and, for the next tree, its best children; see ``kernels.reference.draw``.
 
@@ -191,6 +196,8 @@ def draw(
     require("positions", positions, (num_rows,), torch.int32, device)
     if log_probs is not None:
         require("log_probs", log_probs, (num_rows,), torch.float32, device)
+    if child_log_probs is not None:
+        require("child_log_probs", child_log_probs, (num_rows, width), torch.float32, device)
     integers = {"dtype": torch.int32, "device": device}
     floats = {"dtype": torch.float32, "device": device}
     tokens = torch.empty(num_rows, **integers)
@@ -202,6 +209,7 @@ def draw(
         "children_ptr": children,
         "edges_ptr": edges,
         "log_probs_ptr": log_probs,
+        "child_log_probs_ptr": child_log_probs,
         **seed_words(sampling.seed),
         "temperature": float(sampling.temperature),
         "top_p": float(sampling.top_p),

@@ -23,6 +23,7 @@ def draw_wide_kernel(
     children_ptr,  # int32 [N, CHILDREN], written
     edges_ptr,  # float32 [N, CHILDREN], written
     log_probs_ptr,  # float32 [N] or None, written
+    child_log_probs_ptr,  # float32 [N, CHILDREN] or None, written
     overflow_ptr,  # int32 [N]: which rows to do; None = all
     scores_ptr,  # float32 [N, V], scratch
     seed_low,
@@ -124,7 +125,11 @@ def draw_wide_kernel(
         last, last_id = best, best_id
         for child in range(CHILDREN):
             tl.store(children_ptr + row * CHILDREN + child, last_id)
-            tl.store(edges_ptr + row * CHILDREN + child, (last - best) / tau - tl.log(total))
+            edge = tl.where(num_nan > 0, float("nan"), (last - best) / tau - tl.log(total))
+            tl.store(edges_ptr + row * CHILDREN + child, edge)
+            if child_log_probs_ptr is not None:
+                plain = tl.load(logits_row_ptr + last_id).to(tl.float32) / temperature
+                tl.store(child_log_probs_ptr + row * CHILDREN + child, plain - largest - tl.log(plain_total))
             above, above_id = last, last_id  # the next one comes after it in (score falling, id rising)
             last = float("-inf")
             last_id = 0

@@ -4,23 +4,27 @@ All state is in ``Progress``, ``Tree`` and ``Chain``, changed in place. The twin
 dead rows out; their Triton counterparts return the full width with -1 in dead places.
 """
 
+import math
+
 import numpy as np
 import torch
 
 from kernels.layout import (
     EOS,
+    LEAST_REST,
     LENGTH,
     RECORD,
     RUNNING,
     Chain,
     Progress,
+    RecentTable,
     Record,
     Rows,
     Sampling,
     SuccessorTable,
     Tree,
 )
-from kernels.reference.sampling import lookup
+from kernels.reference.sampling import best_of_row, hash_context, lookup
 from kernels.reference.tree import reroot, verify
 
 
@@ -71,6 +75,48 @@ def state_device(device: torch.device) -> torch.device:
     return torch.device("cpu")
 
 
+def new_recent(num_buckets: int, width: int, vocab_size: int, device: torch.device | str = "cpu") -> RecentTable:
+    """An empty table for the ``width`` best successors of each context."""
+    return RecentTable(
+        keys=torch.full((num_buckets,), -1, dtype=torch.int64, device=device),
+        tokens=torch.zeros(num_buckets, width, dtype=torch.int32, device=device),
+        log_probs=torch.full((num_buckets, width), -math.inf, device=device),
+        log_rest=torch.zeros(num_buckets, device=device),
+        vocab_size=vocab_size,
+    )
+
+
+def _contexts(tree: Tree, nodes: torch.Tensor, progress: Progress) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each node's own token and the one before it, in the tree or in the text; -1 where there is none."""
+    length, parents = int(progress.length), tree.parents[nodes]
+    before_root = int(progress.text[length - 2]) if length > 1 else -1
+    return torch.where(parents >= 0, tree.tokens[parents], before_root), tree.tokens[nodes]
+
+
+def learn(
+    recent: RecentTable,
+    tree: Tree,
+    nodes: torch.Tensor,  # int32 [W], -1 = none
+    progress: Progress,
+    children: torch.Tensor,  # int32 [W, m]
+    log_probs: torch.Tensor,  # float32 [W, m], of the children, at the generation's temperature, without noise
+) -> None:
+    """Remember what a stage has just drawn at ``nodes``; of two nodes in one bucket the later one stays."""
+    previous, last = _contexts(tree, nodes, progress)
+    keys = previous.long() * recent.vocab_size + last
+    buckets = hash_context(keys, len(recent.keys)).tolist()
+    width = min(children.shape[1], recent.tokens.shape[1])
+    for row, (bucket, key) in enumerate(zip(buckets, keys.tolist(), strict=True)):
+        best = log_probs[row, :width]
+        if key < 0 or not (best > -math.inf).any():
+            continue
+        recent.keys[bucket] = key
+        recent.tokens[bucket, :width] = children[row, :width]
+        recent.log_probs[bucket] = -math.inf
+        recent.log_probs[bucket, :width] = best
+        recent.log_rest[bucket] = math.log(max(1 - float(best.exp().sum()), LEAST_REST))
+
+
 def lookup_nodes(
     table: SuccessorTable,
     tree: Tree,
@@ -79,12 +125,24 @@ def lookup_nodes(
     sampling: Sampling,
     num_children: int,
     tau: float,
+    recent: RecentTable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``lookup`` in the context of each node: its own token and the one before it, in the tree or in the text."""
-    length, parents = int(progress.length), tree.parents[nodes]
-    before_root = int(progress.text[length - 2]) if length > 1 else -1
-    previous = torch.where(parents >= 0, tree.tokens[parents], before_root)
-    return lookup(table, previous, tree.tokens[nodes], tree.depths[nodes] + length, sampling, num_children, tau)
+    """``lookup`` in the context of each node, or ``recent``'s row where it has one."""
+    previous, last = _contexts(tree, nodes, progress)
+    positions = tree.depths[nodes] + int(progress.length)
+    children, scores = lookup(table, previous, last, positions, sampling, num_children, tau)
+    if recent is None:
+        return children, scores
+    keys = previous.long() * recent.vocab_size + last
+    buckets = hash_context(keys, len(recent.keys))
+    hit = (recent.keys[buckets] == keys) & (keys >= 0)
+    if hit.any():
+        rows = RecentTable(*(column[buckets[hit]] for column in recent[:-1]), recent.vocab_size)
+        own, own_scores = best_of_row(rows.tokens, rows.log_probs, rows.log_rest, positions[hit], sampling, tau)
+        width = min(children.shape[1], own.shape[1])
+        scores[hit] = -math.inf
+        children[hit, :width], scores[hit, :width] = own[:, :width], own_scores[:, :width]
+    return children, scores
 
 
 def stage_rows(

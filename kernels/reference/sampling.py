@@ -54,6 +54,7 @@ def draw(
     tau: float = 1.0,
     tile_maxima: torch.Tensor | None = None,  # float32 [N, cdiv(V, VOCAB_TILE)] of these logits; a hint, unused here
     log_probs: torch.Tensor | None = None,  # float32 [N], written: of the drawn tokens, after temperature and filters
+    child_log_probs: torch.Tensor | None = None,  # float32 [N, m], written: the same of the children, without noise
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw each row's token and, for the next tree, its best children.
 
@@ -76,6 +77,8 @@ def draw(
     if width == 0:
         return tokens, tokens.new_empty(len(tokens), 0), scores.new_empty(len(tokens), 0)
     best = _best(scores, width)
+    if child_log_probs is not None:
+        child_log_probs.copy_(plain.log_softmax(-1).gather(1, best))
     edges = scores.gather(1, best) / tau - torch.logsumexp(scores / tau, dim=-1, keepdim=True)
     return tokens, ids.gather(1, best).int(), edges
 
@@ -142,13 +145,19 @@ def lookup(
     of ``draw``, with the mass outside the row as one more competitor, so that edges are not overrated.
     """
     row = _probe(table, previous, last)
-    ids, log_probs = table.tokens[row], table.log_probs[row]
-    scores, rest = log_probs / sampling.temperature, table.log_rest[row] / sampling.temperature
+    log_probs, rest = table.log_probs[row] / sampling.temperature, table.log_rest[row] / sampling.temperature
+    children, scores = best_of_row(table.tokens[row], log_probs, rest, positions, sampling, tau)
+    return children[:, :num_children], scores[:, :num_children]
+
+
+def best_of_row(tokens, log_probs, log_rest, positions, sampling: Sampling, tau: float):
+    """A table's row [N, m] by falling score: tokens, and edge scores with the mass outside as one more competitor."""
+    scores = log_probs
     if sampling.noise:
-        scores = scores + gumbel_noise(sampling.seed, positions[:, None], ids)
-    scaled = torch.cat([scores, rest[:, None]], 1) / tau
-    top, index = scaled[:, :-1].topk(min(num_children, ids.shape[1]), dim=-1)
-    return ids.gather(1, index), top - scaled.logsumexp(-1, keepdim=True)
+        scores = scores + gumbel_noise(sampling.seed, positions[:, None], tokens)
+    scaled = torch.cat([scores, log_rest[:, None]], 1) / tau
+    top, index = scaled[:, :-1].sort(dim=-1, descending=True, stable=True)
+    return tokens.gather(1, index), top - scaled.logsumexp(-1, keepdim=True)
 
 
 def _probe(table: SuccessorTable, previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
