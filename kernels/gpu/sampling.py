@@ -47,7 +47,7 @@ def _draw_narrow_kernel(
     temperature,
     top_k,  # survivors; without noise, candidates
     top_p,
-    log_min_p,  # -inf = off
+    log_min_p,  # the lowest float = off; -inf would turn an infinite logit into NaN
     tau,
     V: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -65,16 +65,19 @@ def _draw_narrow_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_row_ptr = logits_ptr + row * STRIDE
     NUM_TILES: tl.constexpr = tl.cdiv(V, TILE)
+    UPPER: tl.constexpr = -(1 << (32 - BITS))  # of a key, the bits that a search sees
 
     # tiles that can hold one of the best top_k logits
     tile = tl.arange(0, BLOCK_MAXIMA)
     exists = tile < NUM_TILES
     maxima = tl.load(tile_maxima_ptr + row * NUM_TILES + tile, mask=exists, other=float("-inf"))
     is_nan = tl.max((maxima != maxima).to(tl.int32)) > 0
-    keys = tl.where(exists, order(maxima), -2147483648)
+    keys = tl.where(exists, order(maxima) & UPPER, -2147483648)
     bound = kth_largest(keys, top_k, BITS)
     wanted = exists & (keys >= bound)
-    if not NOISE:  # of equal tiles the first ones suffice, since ties go to the lowest id
+    if NOISE:  # what equals the bound once divided by the temperature ties with it
+        wanted = exists & (maxima / temperature >= tl.min(tl.where(wanted, maxima, float("inf"))) / temperature)
+    else:  # of equal tiles the first ones suffice, since ties go to the lowest id
         above = keys > bound
         equal = exists & (keys == bound)
         room = top_k - tl.sum(above.to(tl.int32))
@@ -90,10 +93,12 @@ def _draw_narrow_kernel(
     token = chosen * TILE + lane % TILE
     exists = token < V
     value = tl.load(logits_row_ptr + token, mask=exists, other=float("-inf")).to(tl.float32)
-    keys = tl.where(exists, order(value), -2147483648)
+    keys = tl.where(exists, order(value) & UPPER, -2147483648)
     bound = kth_largest(keys, top_k, BITS)
     wanted = exists & (keys >= bound)
-    if not NOISE:
+    if NOISE:
+        wanted = exists & (value / temperature >= tl.min(tl.where(wanted, value, float("inf"))) / temperature)
+    else:
         above = keys > bound
         equal = exists & (keys == bound)
         room = top_k - tl.sum(above.to(tl.int32))
@@ -135,6 +140,8 @@ def _draw_narrow_kernel(
     drawn_id = tl.sum(tl.where(lane == drawn, ids, 0))
     is_nan = is_nan | (best != best) | (drawn == SLOTS)
     tl.store(tokens_ptr + row, tl.where(is_nan, -1, drawn_id))
+    best = tl.where(is_nan, float("nan"), best)  # and so are all edges and log-probabilities
+    largest = tl.where(is_nan, float("nan"), largest)
 
     if NOISE:
         total = tl.sum(tl.exp((score - best) / tau))
@@ -155,9 +162,10 @@ def _draw_narrow_kernel(
         index = first(score == top, lane, SLOTS)
         at = row * CHILDREN + child
         tl.store(children_ptr + at, tl.sum(tl.where(lane == index, ids, 0)))
-        tl.store(edges_ptr + at, tl.where(is_nan, float("nan"), (top - best) / tau - tl.log(total)))
+        tl.store(edges_ptr + at, (top - best) / tau - tl.log(total))
         if child_log_probs_ptr is not None:
             plain_at = tl.sum(tl.where(lane == index, plain, 0.0))
+            plain_at = tl.where(top > float("-inf"), plain_at, top)
             tl.store(child_log_probs_ptr + at, plain_at - largest - tl.log(plain_total))
         score = tl.where(lane == index, float("-inf"), score)
 
@@ -213,7 +221,7 @@ def draw(
         **seed_words(sampling.seed),
         "temperature": float(sampling.temperature),
         "top_p": float(sampling.top_p),
-        "log_min_p": math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf,
+        "log_min_p": math.log(sampling.min_p) if sampling.min_p > 0 else -torch.finfo(torch.float32).max,
         "tau": float(tau),
     }
     constants = {

@@ -56,6 +56,7 @@ def draw_wide_kernel(
         largest = tl.maximum(largest, tl.max(score))
         num_nan += tl.sum((value != value).to(tl.int32))
     kth = tl.full((), -2147483648, tl.int32)
+    floor = tl.full((), float("-inf"), tl.float32)  # of the scores that top-k lets through
     if top_k > 0:
         for i in range(BITS):
             trial = kth + (tl.full((), 1, tl.int32) << (31 - i))
@@ -64,13 +65,15 @@ def draw_wide_kernel(
                 _, exists, value, _ = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
                 count += tl.sum((exists & (order(value) >= trial)).to(tl.int32))
             kth = tl.where(count >= top_k, trial, kth)
+        kth = tl.where(kth < 0, kth | ((1 << (32 - BITS)) - 1), kth)
+        floor = (kth ^ ((kth >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True) / temperature
     cut = tl.full((), -2147483648, tl.int32)
     before_cut = 0.0
     wanted_mass = 0.0
     if NUCLEUS:
         for start in range(0, V, BLOCK):
             _, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-            live = exists & (order(value) >= kth)
+            live = exists & (score >= floor)
             wanted_mass += tl.sum(tl.where(live, tl.exp(score - largest), 0.0))
         wanted_mass = wanted_mass * top_p
         for i in range(32):
@@ -78,23 +81,23 @@ def draw_wide_kernel(
             mass_above = 0.0
             for start in range(0, V, BLOCK):
                 _, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-                live = exists & (order(value) >= kth) & (order(score) > trial)
+                live = exists & (score >= floor) & (order(score) > trial)
                 mass_above += tl.sum(tl.where(live, tl.exp(score - largest), 0.0))
             cut = tl.where(mass_above >= wanted_mass, trial, cut)
         cut += 1
         for start in range(0, V, BLOCK):
             _, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-            live = exists & (order(value) >= kth) & (order(score) > cut)
+            live = exists & (score >= floor) & (order(score) > cut)
             before_cut += tl.sum(tl.where(live, tl.exp(score - largest), 0.0))
 
     best = float("-inf")
-    best_id = V
+    best_id = 0
     best_plain = 0.0
     plain_total = 0.0
     num_equal = 0
     for start in range(0, V, BLOCK):
         token, exists, value, score = _row_block(logits_row_ptr, start, temperature, V, BLOCK)
-        live = exists & (order(value) >= kth) & (score >= largest + log_min_p)
+        live = exists & (score >= floor) & (score >= largest + log_min_p)
         mass = tl.exp(score - largest)
         if NUCLEUS:
             keys = order(score)
@@ -112,7 +115,9 @@ def draw_wide_kernel(
         best_plain = tl.where(better, tl.sum(tl.where(token == at, plain, 0.0)), best_plain)
         best_id = tl.where(better, at, best_id)
         best = tl.maximum(best, top)
-    tl.store(tokens_ptr + row, tl.where((num_nan > 0) | (best_id == V), -1, best_id))
+    tl.store(tokens_ptr + row, tl.where(num_nan > 0, -1, best_id))
+    best = tl.where(num_nan > 0, float("nan"), best)  # and so are all edges and log-probabilities
+    largest = tl.where(num_nan > 0, float("nan"), largest)
     if log_probs_ptr is not None:
         tl.store(log_probs_ptr + row, best_plain - largest - tl.log(plain_total))
     if CHILDREN > 0:
@@ -125,10 +130,10 @@ def draw_wide_kernel(
         last, last_id = best, best_id
         for child in range(CHILDREN):
             tl.store(children_ptr + row * CHILDREN + child, last_id)
-            edge = tl.where(num_nan > 0, float("nan"), (last - best) / tau - tl.log(total))
-            tl.store(edges_ptr + row * CHILDREN + child, edge)
+            tl.store(edges_ptr + row * CHILDREN + child, (last - best) / tau - tl.log(total))
             if child_log_probs_ptr is not None:
                 plain = tl.load(logits_row_ptr + last_id).to(tl.float32) / temperature
+                plain = tl.where(last > float("-inf"), plain, last)
                 tl.store(child_log_probs_ptr + row * CHILDREN + child, plain - largest - tl.log(plain_total))
             above, above_id = last, last_id  # the next one comes after it in (score falling, id rising)
             last = float("-inf")
