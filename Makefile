@@ -1,13 +1,16 @@
 # Each target makes its own environment in .venv; a Linux machine with Python 3.11-3.14 needs nothing else.
 #   make demo                     three models decode Python prompts together, every method in one table
 #   make test [PROMPTS=DIR]       the tests; DIR holds prompt sets for those that want them
+#   make aot                      machine code for five GPUs, no GPU needed; also with Triton 3.6.0 and the newest one
 #   make equality PROMPTS=DIR     every HumanEval prompt, every method, against Hugging Face
+#   make kernels                  on a GPU: every operation and whole passes, timed beside what torch offers
+#   make tune                     on a GPU: the table of tiles
 PYTHON ?= python3
 PROMPTS ?=
 ENV := .venv
 RUN := $(ENV)/bin/python
 
-.PHONY: demo test lint equality clean
+.PHONY: demo test lint aot equality kernels tune clean
 
 $(ENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ENV)
@@ -25,8 +28,26 @@ lint: $(ENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# Other Tritons live in folders of their own, before the installed one; the newest is skipped where it is installed.
+aot: $(ENV)/.installed
+	@status=0; $(RUN) -m profiling.aot --check > /dev/null || status=1; \
+	installed=$$($(RUN) -c "import triton; print(triton.__version__)"); \
+	for wanted in triton==3.6.0 triton; do \
+		folder=.aot/$$wanted; \
+		$(RUN) -m pip install --quiet --no-deps --upgrade --target $$folder $$wanted || exit 1; \
+		version=$$(PYTHONPATH=$$folder $(RUN) -c "import triton; print(triton.__version__)"); \
+		test $$version = $$installed || PYTHONPATH=$$folder $(RUN) -m profiling.aot --check > /dev/null || status=1; \
+	done; \
+	exit $$status
+
 equality: $(ENV)/.installed
 	$(RUN) -m profiling.equality --prompts $(or $(PROMPTS),$(error PROMPTS=DIR names the folder with humaneval/HumanEval.jsonl.gz))
 
+kernels: $(ENV)/.installed
+	$(RUN) -m profiling.kernels
+
+tune: $(ENV)/.installed
+	$(RUN) -m profiling.tune
+
 clean:
-	rm -rf $(ENV) build dist *.egg-info
+	rm -rf $(ENV) .aot build dist *.egg-info

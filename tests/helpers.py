@@ -5,8 +5,10 @@ does; ``decode_paths`` commits every path token by token, as plain decoding does
 """
 
 import copy
+import dataclasses
 import functools
 import random
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -97,9 +99,9 @@ def _random_weight(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 @functools.cache
-def tiny_gpt2(dtype: torch.dtype = torch.float32, **fields) -> GPT2:
-    """Our model with the weights of ``hf_model(**fields)``."""
-    return GPT2(*load(hf_model(**fields), dtype, "cpu"), reference)
+def tiny_gpt2(dtype: torch.dtype = torch.float32, ops: ModuleType = reference, device: str = "cpu", **fields) -> GPT2:
+    """Our model with the weights of ``hf_model(**fields)``, on the backend ``ops``."""
+    return GPT2(*load(hf_model(**fields), dtype, device), ops)
 
 
 def random_tokens(count: int, seed: int = 0, vocab_size: int = 97) -> list[int]:
@@ -137,8 +139,12 @@ def poisoned_cache(
     model: GPT2, num_pages: int, page_size: int = 1, num_sequences: int = 1, shuffle: int | None = None
 ) -> PagedKVCache:
     """A cache whose every slot outside the null page holds NaN; pages are handed out in random order if asked."""
-    cache = model.new_cache(num_pages, page_size, num_sequences)
-    cache.k[:, page_size:] = cache.v[:, page_size:] = float("nan")
+    return poison(model.new_cache(num_pages, page_size, num_sequences), shuffle)
+
+
+def poison(cache: PagedKVCache, shuffle: int | None = None) -> PagedKVCache:
+    """An empty ``cache`` made as ``poisoned_cache`` describes."""
+    cache.k[:, cache.page_size :] = cache.v[:, cache.page_size :] = float("nan")
     if shuffle is not None:
         slots = cache.reserve(cache.num_free_slots).tolist()
         random.Random(shuffle).shuffle(slots)
@@ -159,7 +165,7 @@ def tree_query(cache: PagedKVCache, branch: Branch, node_slots: torch.Tensor) ->
     tree, n = branch.tree, int(branch.tree.num_nodes)
     node_slots[1:n] = cache.reserve(n - 1)
     slots = torch.cat([cache.append(1, branch.sequence), node_slots[1:n]])
-    return Query(
+    query = Query(
         tokens=tree.tokens[:n],
         positions=len(branch.text) + tree.depths[:n],
         sequences=torch.full((n,), branch.sequence, dtype=torch.int32),
@@ -167,6 +173,18 @@ def tree_query(cache: PagedKVCache, branch: Branch, node_slots: torch.Tensor) ->
         paths=tree.paths[:n],
         node_slots=node_slots,
     )
+    return Query(*(column.to(cache.k.device) for column in query))
+
+
+def new_slots(branch: Branch) -> torch.Tensor:
+    """Slots for ``tree_query`` to fill."""
+    return torch.full_like(branch.tree.parents, -1)
+
+
+def joined(one: Query, two: Query) -> Query:
+    """Two queries as one; the second's nodes are numbered after the first's."""
+    shifted = two._replace(paths=torch.where(two.paths >= 0, two.paths + len(one.node_slots), -1))
+    return Query(*(torch.cat(columns) for columns in zip(one, shifted, strict=True)))
 
 
 def permuted(query: Query, order: torch.Tensor) -> Query:
@@ -175,24 +193,28 @@ def permuted(query: Query, order: torch.Tensor) -> Query:
 
 
 def run_tree(model: GPT2, text: list[int], tree: Tree, cache: PagedKVCache | None = None) -> torch.Tensor:
-    """Logits [n, V] of all nodes of ``tree`` below ``text``, the root being the next token, in one pass."""
+    """Logits [n, V] of all nodes of ``tree`` below ``text``, the root being the next token, in one pass.
+
+    ``cache``, if given, is empty or holds the beginning of ``text``.
+    """
     n = int(tree.num_nodes)
     cache = cache or poisoned_cache(model, len(text) + n)
-    if text:
-        model.prefill(text, cache)
+    model.prefill(text[cache.cached_len[0] :], cache)
     query = tree_query(cache, Branch(text, tree), torch.full((n,), -1, dtype=torch.int32))
     return model.logits(model.forward(query, cache))
 
 
-def decode_paths(model: GPT2, text: list[int], tree: Tree, chunk: int = 128) -> torch.Tensor:
+def decode_paths(
+    model: GPT2, text: list[int], tree: Tree, chunk: int = 128, cache: PagedKVCache | None = None
+) -> torch.Tensor:
     """Logits [n, V] of all nodes from plain decoding: every path's tokens are committed one by one, N = 1.
 
     Paths that begin alike share the work: a node continues on a copy of the cache in which its parent was committed.
+    ``cache`` as in ``run_tree``.
     """
     n = int(tree.num_nodes)
-    cache = model.new_cache(len(text) + DEPTH_LIMIT + 1)
-    if text:
-        model.prefill(text, cache, chunk=chunk)
+    cache = cache or model.new_cache(len(text) + DEPTH_LIMIT + 1)
+    model.prefill(text[cache.cached_len[0] :], cache, chunk=chunk)
     logits: dict[int, torch.Tensor] = {}
 
     def visit(node: int, cache: PagedKVCache) -> None:
@@ -203,6 +225,46 @@ def decode_paths(model: GPT2, text: list[int], tree: Tree, chunk: int = 128) -> 
 
     visit(0, cache)
     return torch.cat([logits[node] for node in range(n)])
+
+
+def prepared(
+    model: GPT2, branch: Branch, num_pages: int = 200, cache: PagedKVCache | None = None
+) -> tuple[Query, PagedKVCache]:
+    """The query of the tree's nodes and the cache, prefilled and with slots for them; ``cache`` as in ``run_tree``."""
+    cache = cache or poisoned_cache(model, num_pages)
+    model.prefill(branch.text[cache.cached_len[0] :], cache)
+    return tree_query(cache, branch, new_slots(branch)), cache
+
+
+def with_nan_token(model: GPT2) -> GPT2:
+    """The model with one more token, whose embedding is NaN, and the old output head."""
+    nan = torch.full((1, model.config.n_embd), float("nan"), dtype=model.dtype, device=model.device)
+    weights = dataclasses.replace(model.weights, wte=torch.cat([model.weights.wte, nan]))
+    return GPT2(model.config, weights, model.ops)
+
+
+def with_junk(query: Query, num_junk: int, nan_token: int) -> Query:
+    """The query and ``num_junk`` rows of NaN that write nowhere and stand at random positions of the pass."""
+    first = query.positions[:num_junk]
+    return Query(
+        tokens=torch.cat([query.tokens, torch.full_like(first, nan_token)]),
+        positions=torch.cat([query.positions, first]),
+        sequences=torch.cat([query.sequences, torch.zeros_like(first)]),
+        slot_mapping=torch.cat([query.slot_mapping, torch.full_like(first, -1)]),
+        paths=torch.cat([query.paths, query.paths.new_full((num_junk, query.paths.shape[1]), -1)]),
+        node_slots=query.node_slots,
+    )
+
+
+def speculate(model: GPT2, branch: Branch, cache: PagedKVCache, rng: random.Random) -> list[int]:
+    """Score a tree, commit the path to a random node, release the rest: the tokens that became text."""
+    tree, node_slots = branch.tree, new_slots(branch)
+    model.forward(tree_query(cache, branch, node_slots), cache)
+    deep = (tree.depths >= tree.depths.max() // 2).nonzero().flatten().tolist()
+    path = [node for node in tree.paths[rng.choice(deep)].tolist() if node >= 0]
+    cache.commit(node_slots[path[1:]].tolist())
+    cache.release([slot for node, slot in enumerate(node_slots.tolist()) if slot >= 0 and node not in path])
+    return tree.tokens[path].tolist()
 
 
 def assert_same_rows(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -26,7 +26,18 @@ def install() -> None:
         product = np.einsum("mk,kn->mn", a.data.astype(np.float32), b.data.astype(np.float32))
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    def with_bool_mask(access, place):
+        # a scalar condition combined with a block of them comes out as numbers, which Triton 3.9 refuses as a mask
+        def checked(self, *args):
+            args[place].data = args[place].data.astype(bool)
+            return access(self, *args)
+
+        return checked
+
+    builder = interpreter.InterpreterBuilder
+    builder.create_masked_load = with_bool_mask(builder.create_masked_load, 1)
+    builder.create_masked_store = with_bool_mask(builder.create_masked_store, 2)
+    builder.create_dot = create_dot
     patched: set[int] = set()
     patch_lang, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
 

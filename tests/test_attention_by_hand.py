@@ -1,11 +1,16 @@
 """Tree attention of one small tree against a mask that was drawn by hand and plain softmax attention in float64."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
+from kernels import gpu, reference
 from kernels.layout import TAIL_LANES, shared_end
-from kernels.reference import path_slots, route, tree_attention
+from kernels.reference import path_slots
+from tests.gpu_helpers import DTYPES
 from tests.helpers import TOLERANCES, assert_close, tree_of
+from tests.interpreter import DEVICE
 
 #        0             the root
 #       / \
@@ -71,17 +76,33 @@ def paged_inputs(length: int, page_size: int, dtype: torch.dtype):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_tree_attention(length, page_size, dtype):
     """Every node sees the whole text and, of the tree, exactly the ones of its row in the matrix above."""
+    attends_as_drawn(reference, "cpu", length, page_size, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_tree_attention_in_triton(length, page_size, dtype):
+    """The same of the Triton kernel."""
+    attends_as_drawn(gpu, DEVICE, length, page_size, dtype)
+
+
+def attends_as_drawn(ops: ModuleType, device: str, length: int, page_size: int, dtype: torch.dtype) -> None:
     q, k, v, (k_cache, v_cache), table, node_slots = paged_inputs(length, page_size, dtype)
     sequences = torch.zeros(7, dtype=torch.int32)
     positions = length + torch.tensor(DEPTHS, dtype=torch.int32)
     committed = torch.tensor([length + 1], dtype=torch.int32)
     paths = tree_of(PARENTS, [0] * 7).paths
     nowhere = torch.full((7,), -1, dtype=torch.int32)
-    where = route(table, page_size, committed, sequences, positions, paths, node_slots, nowhere)
-    out = tree_attention(q, k_cache, v_cache, where, DIM**-0.5)
+    where = ops.route(
+        table.to(device),
+        page_size,
+        *(column.to(device) for column in (committed, sequences, positions, paths, node_slots, nowhere)),
+    )
+    out = ops.tree_attention(q.to(device), k_cache.to(device), v_cache.to(device), where, DIM**-0.5)
 
     seen = torch.cat([torch.ones(7, length), torch.tensor(ANCESTORS)], dim=1).bool()
-    assert_close(out, dense_attention(q, k, v, seen), dtype)
+    assert_close(out.cpu(), dense_attention(q, k, v, seen), dtype)
 
 
 def test_tail_slots_by_hand():

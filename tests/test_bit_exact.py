@@ -8,7 +8,6 @@ token returns, and text drawn from them is the text of plain decoding. Compared 
 The side under test always starts from a cache whose free slots hold NaN: a read of anything unwritten shows.
 """
 
-import dataclasses
 import functools
 import random
 
@@ -20,19 +19,24 @@ from kernels.layout import DEPTH_LIMIT
 from kernels.reference import gumbel_noise
 from kernels.reference.forward import _ACTIVATIONS, _elementwise
 from model.gpt2 import GPT2, Query
-from model.kv_cache import PagedKVCache
 from tests.helpers import (
     Branch,
     assert_same_rows,
     decode_paths,
+    joined,
+    new_slots,
     permuted,
     poisoned_cache,
+    prepared,
     random_tokens,
     random_tree,
     run_tree,
+    speculate,
     tiny_gpt2,
     tree_of,
     tree_query,
+    with_junk,
+    with_nan_token,
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -272,51 +276,3 @@ def test_layer_norm_of_a_row(dtype):
         x, weight, bias = torch.randn(33, width).to(dtype), torch.randn(width).to(dtype), torch.randn(width).to(dtype)
         alone = [F.layer_norm(row, (width,), weight, bias) for row in x.split(1)]
         assert_same_rows(F.layer_norm(x, (width,), weight, bias), torch.cat(alone))
-
-
-def new_slots(branch: Branch) -> torch.Tensor:
-    return torch.full_like(branch.tree.parents, -1)
-
-
-def prepared(model: GPT2, branch: Branch, num_pages: int = 200) -> tuple[Query, PagedKVCache]:
-    """The query of the tree's nodes and the cache, prefilled and with slots for them."""
-    cache = poisoned_cache(model, num_pages)
-    model.prefill(branch.text, cache)
-    return tree_query(cache, branch, new_slots(branch)), cache
-
-
-def with_nan_token(model: GPT2) -> GPT2:
-    """The model with one more token, whose embedding is NaN, and the old output head."""
-    nan = torch.full((1, model.config.n_embd), float("nan"), dtype=model.dtype)
-    weights = dataclasses.replace(model.weights, wte=torch.cat([model.weights.wte, nan]))
-    return GPT2(model.config, weights, model.ops)
-
-
-def with_junk(query: Query, num_junk: int, nan_token: int) -> Query:
-    """The query and ``num_junk`` rows of NaN that write nowhere and stand at random positions of the pass."""
-    first = query.positions[:num_junk]
-    return Query(
-        tokens=torch.cat([query.tokens, torch.full_like(first, nan_token)]),
-        positions=torch.cat([query.positions, first]),
-        sequences=torch.cat([query.sequences, torch.zeros_like(first)]),
-        slot_mapping=torch.cat([query.slot_mapping, torch.full_like(first, -1)]),
-        paths=torch.cat([query.paths, query.paths.new_full((num_junk, query.paths.shape[1]), -1)]),
-        node_slots=query.node_slots,
-    )
-
-
-def joined(one: Query, two: Query) -> Query:
-    """Two queries as one; the second's nodes are numbered after the first's."""
-    shifted = two._replace(paths=torch.where(two.paths >= 0, two.paths + len(one.node_slots), -1))
-    return Query(*(torch.cat(columns) for columns in zip(one, shifted, strict=True)))
-
-
-def speculate(model: GPT2, branch: Branch, cache: PagedKVCache, rng: random.Random) -> list[int]:
-    """Score a tree, commit the path to a random node, release the rest: the tokens that became text."""
-    tree, node_slots = branch.tree, new_slots(branch)
-    model.forward(tree_query(cache, branch, node_slots), cache)
-    deep = (tree.depths >= tree.depths.max() // 2).nonzero().flatten().tolist()
-    path = [node for node in tree.paths[rng.choice(deep)].tolist() if node >= 0]
-    cache.commit(node_slots[path[1:]].tolist())
-    cache.release([slot for node, slot in enumerate(node_slots.tolist()) if slot >= 0 and node not in path])
-    return tree.tokens[path].tolist()

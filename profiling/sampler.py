@@ -1,0 +1,205 @@
+"""What an iteration does beside its passes, checked, then timed: sampling, verification, draft², growth of the tree.
+
+    python -m profiling.sampler [--rows 1 16 64] [--out DIR]      # a GPU
+    python -m profiling.sampler --rehearse --out DIR              # the whole flow on a CPU with the torch twins
+    TRITON_INTERPRET=1 python -m profiling.sampler                # without a GPU: the checks alone, in the interpreter
+
+The logits are random rows of GPT-2's vocabulary in the dtype of the model, with the output head's tile maxima. No speed
+is given for a draw that disagrees with its twin. Launches run in CUDA graphs; trees and texts are the states that
+``profiling.iteration`` makes, not restored between launches. Comparators: torch.topk, softmax and multinomial;
+FlashInfer's sampler where it is installed. Exit code 1 where something is wrong, 2 where nothing can be timed.
+"""
+
+import argparse
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from kernels import reference
+from kernels.layout import VOCAB_TILE, Sampling
+from profiling.iteration import WIDTH, iteration
+from profiling.rows import Rows, about
+from profiling.timing import Timing, first_line, measure
+
+VOCAB = 50257
+PADDED = -(-VOCAB // VOCAB_TILE) * VOCAB_TILE
+CHILDREN = 4
+SAMPLINGS = {
+    "greedy": (Sampling(False, 0, 1.0, 0, 1.0, 0.0), 0),
+    "greedy, 4 children": (Sampling(False, 0, 1.0, 0, 1.0, 0.0), CHILDREN),
+    "top-k 50": (Sampling(True, 7, 1.0, 50, 1.0, 0.0), 0),
+    "top-k 50, 4 children": (Sampling(True, 7, 1.0, 50, 1.0, 0.0), CHILDREN),
+    "top-k 50, top-p 0.9": (Sampling(True, 7, 1.0, 50, 0.9, 0.0), 0),
+    "top-p 0.9": (Sampling(True, 7, 1.0, 0, 0.9, 0.0), 0),
+    "all tokens": (Sampling(True, 7, 1.0, 0, 1.0, 0.0), 0),
+}
+
+
+def random_logits(num_rows: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] in padded rows, and the maxima of their tiles."""
+    rows = torch.randn(num_rows, PADDED, device=device).mul_(3).to(dtype)
+    rows[:, VOCAB:] = -math.inf
+    return rows[:, :VOCAB], rows.view(num_rows, -1, VOCAB_TILE).amax(-1).float()
+
+
+def draw_call(
+    ops: ModuleType, num_rows: int, dtype: torch.dtype, device: torch.device, sampling: Sampling, children: int
+) -> Callable[[], tuple]:
+    """One draw on rows of its own."""
+    logits, maxima = random_logits(num_rows, dtype, device)
+    positions = torch.arange(num_rows, dtype=torch.int32, device=device)
+    return lambda: ops.draw(logits, positions, sampling, children, 0.85, maxima)
+
+
+def disagreement(ops: ModuleType, dtype: torch.dtype, device: torch.device, num_rows: int) -> dict[str, str]:
+    """Why each way to draw is wrong, "" where it agrees with the twin and with itself row by row."""
+    logits, maxima = random_logits(num_rows, dtype, device)
+    positions = torch.arange(num_rows, dtype=torch.int32, device=device)
+    found = {}
+    for name, (sampling, children) in SAMPLINGS.items():
+        tokens, ids, _ = ops.draw(logits, positions, sampling, children, 0.85, maxima)
+        expected, expected_ids, scores = reference.draw(logits.cpu(), positions.cpu(), sampling, children, 0.85)
+        alone = [
+            ops.draw(
+                logits[i : i + 1], positions[i : i + 1].clone(), sampling, children, 0.85, maxima[i : i + 1].clone()
+            )
+            for i in (0, num_rows - 1)
+        ]
+        live = scores > -math.inf
+        differing = int((tokens.cpu() != expected).sum()) + int((ids.cpu() != expected_ids)[live].sum())
+        rows_differ = [i for i, one in zip((0, num_rows - 1), alone, strict=True) if int(one[0]) != int(tokens[i])]
+        found[name] = (f"{differing} tokens differ from the twin's; " if differing else "") + (
+            f"rows {rows_differ} differ alone" if rows_differ else ""
+        )
+    return found
+
+
+def torch_sampler(num_rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
+    """top-k 50 as people write it: topk, softmax, multinomial."""
+    logits, _ = random_logits(num_rows, dtype, device)
+
+    def run() -> torch.Tensor:
+        values, ids = logits.float().topk(50, dim=-1)
+        return ids.gather(1, torch.multinomial(values.softmax(-1), 1))
+
+    return run
+
+
+def flashinfer_sampler(num_rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
+    """FlashInfer's top-k sampling from logits."""
+    from flashinfer.sampling import top_k_top_p_sampling_from_logits
+
+    logits, _ = random_logits(num_rows, dtype, device)
+    contiguous = logits.float().contiguous()
+    return lambda: top_k_top_p_sampling_from_logits(contiguous, 50, 1.0)
+
+
+def keep(rows: Rows, operation: str, num_rows: int, implementation: str, timing: Timing) -> None:
+    """One timed row, and its line."""
+    row = rows.add(
+        operation=operation,
+        rows=num_rows,
+        implementation=implementation,
+        microseconds=timing.median * 1e6,
+        microseconds_q20=timing.low * 1e6,
+        microseconds_q80=timing.high * 1e6,
+        method=timing.method,
+    )
+    print(f"{operation:28} {num_rows:4} rows  {implementation:24} {row['microseconds']:9.2f} us", flush=True)
+
+
+def attempt(rows: Rows, operation: str, num_rows: int, implementation: str, make: Callable, device, samples) -> None:
+    """Time what ``make`` builds; what it raises becomes a row."""
+    try:
+        keep(rows, operation, num_rows, implementation, measure([make() for _ in range(4)], device, samples))
+    except Exception as error:
+        rows.add(operation=operation, rows=num_rows, implementation=implementation, failure=first_line(error))
+        print(f"{operation} {num_rows} rows {implementation}: FAILED, {first_line(error)}", flush=True)
+
+
+def benchmark(rows: Rows, ops: ModuleType, all_rows: list[int], dtype, device: torch.device, samples: int) -> None:
+    """Every way to draw that is right, its comparators, then the operations of the tree."""
+    wrong = disagreement(ops, dtype, device, 8)
+    for name, reason in wrong.items():
+        rows.add(operation=f"draw, {name}", check="red" if reason else "ok", reason=reason)
+        print(f"draw, {name}: {reason or 'ok'}", flush=True)
+    for num_rows in all_rows:
+        for name, (sampling, children) in SAMPLINGS.items():
+            if not wrong[name]:
+                make = lambda n=num_rows, s=sampling, c=children: draw_call(ops, n, dtype, device, s, c)  # noqa: E731
+                attempt(rows, f"draw, {name}", num_rows, "ours", make, device, samples)
+        make = lambda n=num_rows: torch_sampler(n, dtype, device)  # noqa: E731
+        attempt(rows, "draw, top-k 50", num_rows, "topk, softmax, multinomial", make, device, samples)
+        if importlib.util.find_spec("flashinfer"):
+            make = lambda n=num_rows: flashinfer_sampler(n, dtype, device)  # noqa: E731
+            attempt(rows, "draw, top-k 50", num_rows, "FlashInfer", make, device, samples)
+    for name in iteration(VOCAB, device, ops):
+        make = lambda n=name: iteration(VOCAB, device, ops)[n]  # noqa: E731
+        attempt(rows, name, WIDTH, "ours", make, device, samples)
+    rows.write_csv()
+    rows.path("md").write_text(markdown(rows.document()), encoding="utf-8")
+
+
+def markdown(document: dict) -> str:
+    """The table of one run."""
+    described = document["about"]
+    title = "# Rehearsal: torch twins on a CPU, no result" if described["rehearsal"] else "# Between the passes"
+    lines = [
+        f"{title}\n",
+        f"{described['device']}, {described.get('dtype')}, vocabulary of {VOCAB}, torch {described['torch']}, "
+        f"Triton {described['triton']}, commit {described['commit']}, {described['date']}; `{described['command']}`.",
+        "Microseconds, median (quantiles 0.2 - 0.8), in a CUDA graph, the gap to the next launch included.\n",
+        "| operation | rows | implementation | µs |",
+        "| --- | ---: | --- | ---: |",
+    ]
+    for row in document["rows"]:
+        if "microseconds" in row:
+            spread = f"{row['microseconds']:.1f} ({row['microseconds_q20']:.1f} - {row['microseconds_q80']:.1f})"
+            lines.append(f"| {row['operation']} | {row['rows']} | {row['implementation']} | {spread} |")
+    bad = [row for row in document["rows"] if "failure" in row or row.get("check") == "red"]
+    lines += [f"\nNot timed: {row['operation']}: {row.get('failure') or row.get('reason')}" for row in bad]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--commit", help="what to record where the tree has no .git")
+    parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU with the torch twins")
+    parser.add_argument("--out", type=Path, default=Path("profiling/results"))
+    flags = parser.parse_args()
+    dtype, gpu_here = getattr(torch, flags.dtype), torch.cuda.is_available()
+    if flags.rehearse:
+        if flags.out == parser.get_default("out"):
+            parser.error("--rehearse needs --out DIR: its rows are no results")
+        device, ops = torch.device("cpu"), reference
+    else:
+        from kernels import gpu as ops
+
+        if not gpu_here and not ops.interpreting():
+            print("timing needs a GPU: `python -m profiling.aot` has the machine code, --rehearse the flow")
+            return 2
+        device = torch.device("cuda" if gpu_here else "cpu")
+    if not gpu_here and not flags.rehearse:
+        wrong = disagreement(ops, dtype, device, 3)
+        for name, reason in wrong.items():
+            print(f"draw, {name}: {reason or 'ok'}")
+        return 1 if any(wrong.values()) else 0
+    keyed = about(device, flags.rehearse, flags.commit)
+    rows = Rows(flags.out, "sampler", {**keyed, "dtype": flags.dtype})
+    with torch.no_grad():
+        benchmark(rows, ops, sorted(flags.rows), dtype, device, 2 if flags.rehearse else flags.samples)
+    failures = sum("failure" in row or row.get("check") == "red" for row in rows.rows)
+    print(f"{len(rows.rows)} rows, {failures} of them failures, in {rows.path('json').name}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

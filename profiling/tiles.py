@@ -1,0 +1,101 @@
+"""Which tile configurations of a linear layer are worth compiling: those that fit, likely ones first."""
+
+from itertools import product, zip_longest
+from typing import NamedTuple
+
+import torch
+
+from kernels.gpu.config import LinearTiles
+from kernels.layout import VOCAB_TILE
+
+KIB = 1024
+ROWS, OUTPUTS, WARPS, STAGES = (16, 32, 64), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5)
+MAX_SPLITS = 16
+MAX_WASTE = 1.1  # depth that is computed, relative to the depth there is
+
+
+class Chip(NamedTuple):
+    """What a configuration must fit."""
+
+    multiprocessors: int
+    shared: int  # bytes of shared memory that one program may have
+
+
+CHIPS = {
+    "sm_80": Chip(108, 163 * KIB),
+    "sm_89": Chip(128, 99 * KIB),
+    "sm_90": Chip(132, 227 * KIB),
+    "sm_100": Chip(148, 227 * KIB),
+    "gfx942": Chip(304, 64 * KIB),
+}
+
+
+def chip(arch: str) -> Chip:
+    """Limits of ``arch``; those of an unknown one are taken to be narrow."""
+    return CHIPS.get(arch, Chip(84, 99 * KIB))
+
+
+def shared_bytes(tiles: LinearTiles, dtype: torch.dtype) -> int:
+    """Shared memory of the software pipeline: weight and activation tiles of every stage but the one in registers."""
+    return max(1, tiles.num_stages - 1) * (tiles.rows + tiles.outputs) * tiles.depth * dtype.itemsize
+
+
+def candidates(
+    arch: str, num_outputs: int, depth: int, dtype: torch.dtype, name: str, limit: int = 40
+) -> list[LinearTiles]:
+    """At most ``limit`` configurations for a weight [num_outputs, depth] of the operation ``name``, likely ones first.
+
+    The output head keeps maxima of tiles of VOCAB_TILE, and a tile of the joint projection must lie in the queries, the
+    keys or the values. An equal share of each row tile is kept: which of them wins depends on the number of rows.
+    """
+    outputs_allowed = [VOCAB_TILE] if name == "lm_head" else list(OUTPUTS)
+    if name == "layer_norm_qkv":
+        outputs_allowed = [outputs for outputs in OUTPUTS if num_outputs // 3 % outputs == 0]
+    depths = (32, 64) if dtype == torch.float32 else (64, 128, 256)
+    kept: list[list[LinearTiles]] = []
+    for rows in ROWS:
+        fitting = []
+        for outputs, step, warps, stages in product(outputs_allowed, depths, WARPS, STAGES):
+            for splits in _splits(depth, step):
+                tiles = LinearTiles(rows, outputs, step, splits, warps, stages)
+                if fits(tiles, arch, num_outputs, depth, dtype):
+                    fitting.append((-_promise(tiles, arch, num_outputs, depth, dtype), len(fitting), tiles))
+        kept.append([tiles for *_, tiles in sorted(fitting)[: -(-limit // len(ROWS))]])
+    in_turn = [tiles for group in zip_longest(*kept) for tiles in group if tiles is not None]
+    return in_turn[:limit]
+
+
+def _splits(depth: int, step: int) -> list[int]:
+    """Even cuts of the steps, at least two steps each."""
+    steps = -(-depth // step)
+    return [n for n in range(1, MAX_SPLITS + 1) if steps % n == 0 and (n == 1 or steps >= 2 * n)]
+
+
+def fits(tiles: LinearTiles, arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> bool:
+    """Whether a configuration can run and is not plainly bad: idle multiprocessors, or warps without a product."""
+    limits, steps = chip(arch), -(-depth // tiles.depth)
+    programs = -(-num_outputs // tiles.outputs) * tiles.splits
+    return (
+        shared_bytes(tiles, dtype) <= limits.shared
+        and steps * tiles.depth <= MAX_WASTE * depth
+        and steps % tiles.splits == 0
+        and tiles.num_stages <= max(2, steps // tiles.splits)
+        and (tiles.rows // 16) * (tiles.outputs // 8) >= tiles.num_warps
+        and programs >= limits.multiprocessors // 2
+        and (tiles.splits == 1 or programs <= 6 * limits.multiprocessors)
+    )
+
+
+def _promise(tiles: LinearTiles, arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> float:
+    """A guess at how well the memory is kept busy: bytes in flight, even waves, little else read or written."""
+    limits, size = chip(arch), dtype.itemsize
+    programs = -(-num_outputs // tiles.outputs) * tiles.splits
+    resident = max(1, min(limits.shared // shared_bytes(tiles, dtype), 64 // tiles.num_warps // 2))
+    waves = programs / (resident * limits.multiprocessors)
+    in_flight = min(resident, programs / limits.multiprocessors) * (tiles.num_stages - 1) * tiles.outputs * tiles.depth
+    filled = min(1.0, in_flight * size / (48 * KIB))
+    even = waves / -(-waves // 1) if waves > 1 else min(1.0, programs / limits.multiprocessors)
+    weights = num_outputs * depth * size
+    partial = 8 * tiles.rows * num_outputs * tiles.splits if tiles.splits > 1 else 0
+    activations = 0.25 * programs * 64 * depth * size / tiles.splits  # from the L2 cache, which is faster
+    return filled * even * weights / (weights + partial + activations)

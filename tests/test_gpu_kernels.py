@@ -1,0 +1,418 @@
+"""Every Triton operation computes what its torch twin computes, and nothing about a launch moves a bit of the result:
+not the number of rows, their order and neighbours, not the order in which programs run, not what scratch memory held.
+
+Scratch and unused pages hold NaN throughout. Rounding is measured against the twin in float64; where the contract is
+equality, bits are compared.
+"""
+
+import functools
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import gpu, reference
+from kernels.gpu import attention, linear
+from kernels.gpu.config import AttentionTiles, LinearTiles
+from kernels.gpu.launch import architecture, arrivals, record
+from kernels.layout import VOCAB_TILE
+from tests.gpu_helpers import (
+    ARGUMENTS,
+    DTYPES,
+    EPS,
+    REAL_SHAPE,
+    Inputs,
+    Shape,
+    assert_near,
+    in_float64,
+    poison_scratch,
+    prefill_pass,
+    random_rows,
+    run,
+    same_bits,
+    tree_pass,
+)
+from tests.helpers import LOGIT_TOLERANCES, assert_close, random_tokens, tiny_gpt2
+from tests.interpreter import DEVICE, INTERPRETING, reversed_programs
+
+# Both sides of the first tail borders (48, 64) and of the borders at which windows of 16 to 128 keys fill.
+LENGTHS = [0, 1, 31, 32, 46, 47, 48, 63, 64, 127, 144, 159, 160, 176, 287, 288, 320]
+SMALL = Shape(heads=1, dim=64, inner=100, vocab=97)
+MEDIUM = Shape(heads=3, dim=64, inner=256, vocab=130)
+WIDE_HEADS = Shape(heads=2, dim=128, inner=100, vocab=64)
+LARGE = Shape(heads=20, dim=64, inner=5120, vocab=50257)  # GPT-2 Large
+PASSES = {
+    "1 head": lambda dtype: tree_pass(SMALL, dtype, LENGTHS, 5, page_size=1),
+    "3 heads": lambda dtype: tree_pass(MEDIUM, dtype, [47, 320, 20], 9, page_size=16),
+    "heads of 128": lambda dtype: tree_pass(WIDE_HEADS, dtype, [0, 170], 7, page_size=1),
+    "1 row": lambda dtype: tree_pass(SMALL, dtype, [161], 1, page_size=16, num_nowhere=0),
+    "prefill": lambda dtype: prefill_pass(SMALL, dtype, 30, 140, page_size=16),
+    "large": lambda dtype: tree_pass(LARGE, dtype, [700, 301], 32, page_size=1),
+    "large prefill": lambda dtype: prefill_pass(LARGE, dtype, 100, 512, page_size=1),
+}
+
+
+def cases(*passes: str, but: str = "") -> list:
+    """Every operation except ``but`` in every one of ``passes``; a prefill pass has no tails to route."""
+    return [
+        pytest.param(op, of, id=f"{op}-{of}".replace(" ", "-"), marks=REAL_SHAPE if "large" in of else [])
+        for of in passes
+        for op in ARGUMENTS
+        if op != but and not (op == "route" and "prefill" in of)
+    ]
+
+
+SMALL_PASSES = [name for name in PASSES if "large" not in name]
+LARGE_PASSES = [name for name in PASSES if "large" in name]
+
+
+@pytest.fixture(autouse=True)
+def hostile_scratch(monkeypatch):
+    """Every test runs on scratch full of NaN, and leaves the arrival counters at zero."""
+    poison_scratch(monkeypatch)
+    yield
+    assert not arrivals(1, torch.zeros(0, device=DEVICE).device).any(), "an arrival counter was left behind"
+
+
+@functools.cache
+def inputs(of: str, dtype: torch.dtype) -> Inputs:
+    torch.manual_seed(0)
+    return PASSES[of](dtype)
+
+
+@functools.cache
+def expected(op: str, of: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return run(reference, op, in_float64(inputs(of, dtype)))
+
+
+def another_order() -> AbstractContextManager:
+    """Programs last to first in the interpreter; on a GPU they come as they come."""
+    return reversed_programs() if INTERPRETING else nullcontext()
+
+
+def normal(*size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(size).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_signature(op):
+    """Names, order and defaults of the parameters are those of the twin, so the backends can be exchanged."""
+    parameters = inspect.signature(getattr(gpu, op)).parameters.values()
+    twin = inspect.signature(getattr(reference, op)).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in parameters] == [(p.name, p.kind, p.default) for p in twin]
+
+
+@DTYPES
+@pytest.mark.parametrize(("op", "of"), cases(*PASSES))
+def test_operation_is_its_twin(op, of, dtype):
+    """Also: K/V reach their slots and no others, a row of slot -1 writes nowhere, NaN in unused pages is not read."""
+    for actual, wanted in zip(run(gpu, op, inputs(of, dtype)), expected(op, of, dtype), strict=True):
+        assert_near(actual, wanted, dtype)
+
+
+@pytest.mark.parametrize(("op", "of"), cases(*SMALL_PASSES))
+def test_order_of_programs(op, of):
+    """Programs run last to first leave the same bits: nothing leans on who arrives last."""
+    given = inputs(of, torch.float32)
+    forward = run(gpu, op, given)
+    with another_order():
+        backward = run(gpu, op, given)
+    assert all(map(same_bits, forward, backward))
+
+
+@DTYPES
+@pytest.mark.parametrize(("op", "of"), cases(*LARGE_PASSES))
+def test_repeated_launches(op, of, dtype):
+    """A hundred launches give the same bits: no race."""
+    first = run(gpu, op, inputs(of, dtype))
+    for _ in range(99):
+        assert all(map(same_bits, first, run(gpu, op, inputs(of, dtype))))
+
+
+@DTYPES
+@pytest.mark.parametrize(("op", "of"), cases("3 heads", "large", but="layer_norm_qkv"))
+def test_rows_of_a_pass(op, of, dtype):
+    """A row has the same bits in another order of the rows, alone, and among fewer."""
+    given = inputs(of, dtype)
+    whole = run(gpu, op, given)
+    for rows in random_rows(len(given.x)):
+        assert all(map(same_bits, run(gpu, op, given.rows(rows)), (result[rows] for result in whole)))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [SMALL, pytest.param(LARGE, marks=REAL_SHAPE)], ids=["small", "large"])
+def test_rows_of_a_prefill(shape, dtype):
+    """In passes of more than 128 rows, the first rows have the same bits however many follow."""
+    given = prefill_pass(shape, dtype, 20, 256, page_size=1)
+    fewer = given.rows(torch.arange(129))
+    for op in ("layer_norm_linear", "tree_attention", "linear_residual"):
+        (whole,), (part,) = run(gpu, op, given), run(gpu, op, fewer)
+        assert same_bits(part, whole[:129]), op
+
+
+# A depth of 192 is 12 steps of 16: 5, 7 and 8 splits are uneven, 13 and 16 leave some of them nothing to do.
+@DTYPES
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        *(LinearTiles(16, 64, 16, splits) for splits in (1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16)),
+        LinearTiles(16, 32, 32, 2),
+        LinearTiles(32, 128, 64, 3),
+        LinearTiles(64, 64, 128, 2, num_stages=2),
+        LinearTiles(64, 16, 256, 1, num_stages=2),
+    ],
+    ids=lambda tiles: str(tiles).replace(" ", "-"),
+)
+def test_linear_tiles(tiles, dtype):
+    """Whatever the tiles and the number of splits: near float64, and a row's bits are its own.
+
+    Rows of NaN between the others change none of them.
+    """
+    n = 20 if tiles.rows == 16 else 70  # of 64 rows, every quarter is used and one is left empty
+    x, weight, residual = normal(n, 192, dtype=dtype), normal(50, 192, dtype=dtype), normal(n, 50, dtype=dtype)
+    bias, gain, shift = normal(50, dtype=dtype), normal(192, dtype=dtype), normal(192, dtype=dtype)
+    norm = (gain, shift, EPS) if tiles.depth > 16 else None  # many small steps are slow in the interpreter
+
+    def layer(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(len(x), 50)
+        return linear.linear(x, weight, out, bias=bias, norm=norm, residual=residual, tiles=tiles)
+
+    whole = layer(x, residual)
+    y = F.layer_norm(x.double(), (192,), gain.double(), shift.double(), EPS) if norm else x.double()
+    assert_near(whole, residual.double() + y @ weight.double().T + bias.double(), dtype)
+    with another_order():
+        assert same_bits(layer(x, residual), whole)
+    for rows in random_rows(n):
+        assert same_bits(layer(x[rows], residual[rows]), whole[rows])
+    x[::3] = float("nan")
+    beside_nan = layer(x, residual)
+    assert beside_nan[::3].isnan().all()
+    assert same_bits(beside_nan[1::3], whole[1::3])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        AttentionTiles(rows=32, window=16, parts=1, tail_rows=8, tail_step=16),
+        AttentionTiles(rows=16, window=32, parts=3, tail_rows=16, tail_step=8),
+        AttentionTiles(rows=32, window=64, parts=2, tail_rows=4, tail_step=16),
+        AttentionTiles(rows=16, window=128, parts=4, tail_rows=4, tail_step=16),
+        AttentionTiles(rows=64, window=128, parts=5, tail_rows=16, tail_step=16),
+    ],
+    ids=lambda tiles: f"{tiles.rows}x{tiles.window} by {tiles.parts}, {tiles.tail_rows}x{tiles.tail_step}",
+)
+def test_attention_tiles(tiles, dtype):
+    """Whatever the tiles and the number of parts, also with parts that never get a window: near the twin, and a row's
+    bits are its own."""
+    given = inputs("3 heads", dtype)
+
+    def attend(given: Inputs) -> torch.Tensor:
+        arguments = ARGUMENTS["tree_attention"](gpu, given)
+        out = given.q.new_empty(len(given.q), given.q[0].numel())
+        return attention.tree_attention(**arguments, out=out, tiles=tiles)
+
+    whole = attend(given)
+    assert_near(whole, expected("tree_attention", "3 heads", dtype)[0], dtype)
+    with another_order():
+        assert same_bits(attend(given), whole)
+    for rows in random_rows(len(given.q)):
+        assert same_bits(attend(given.rows(rows)), whole[rows])
+    q = given.q.clone()
+    q[::3] = float("nan")
+    beside_nan = attend(given._replace(q=q))
+    assert beside_nan[::3].isnan().all()
+    assert same_bits(beside_nan[1::3], whole[1::3])
+
+
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+@pytest.mark.parametrize(
+    "positions", [range(7, 8), range(128), range(190, 191), range(200, 201)], ids=["shared", "window", "tail", "root"]
+)
+def test_nan_reaches_its_readers(positions, cache):
+    """NaN in a key or value, or in all of a window, shows in every row that attends to it.
+
+    A key shows in no other row. A value may: a window's values are multiplied for all rows of a block, by zero in rows
+    that do not see them, so a block is right only where all its values are finite.
+    """
+    given = tree_pass(SMALL, torch.float32, [200, 200], 9, page_size=1, num_nowhere=0)
+    poisoned = getattr(given, cache).clone()
+    poisoned[given.page_table[1, positions.start : positions.stop]] = float("nan")
+    (out,) = run(gpu, "tree_attention", given, **{cache: poisoned})
+    readers = given.query.sequences == 1
+    assert out[readers].isnan().all()
+    assert cache == "v_cache" or not out[~readers].isnan().any()
+
+
+@DTYPES
+@pytest.mark.parametrize("of", ["1 head", pytest.param("large", marks=REAL_SHAPE)])
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu"])
+def test_activation(activation, of, dtype):
+    """Each activation, from where it is exactly zero to where it is the identity."""
+    given = inputs(of, dtype)
+    for spread in (1, 30):
+        stretched = given._replace(norm_weight=spread * given.norm_weight)
+        (actual,) = run(gpu, "layer_norm_linear", stretched, activation=activation)
+        (wanted,) = run(reference, "layer_norm_linear", in_float64(stretched), activation=activation)
+        assert_near(actual, wanted, dtype)
+
+
+@pytest.mark.parametrize("width", [64, 192, 1600])
+def test_layer_norm_far_from_zero(width):
+    """Rows whose mean is a thousand standard deviations lose no more than the subtraction must; a constant row is 0."""
+    x = 1000 + normal(6, width, dtype=torch.float32)
+    x[3] = 7.0
+    ones, eye = torch.ones(width, device=DEVICE), torch.eye(width, device=DEVICE)
+    y = gpu.layer_norm_linear(x, ones, torch.zeros_like(ones), EPS, eye, None)
+    assert not y[3].any()
+    wanted = F.layer_norm(x.double(), (width,), eps=EPS)
+    assert (y - wanted).abs().max() < 5e-4  # a unit in the last place of 1000 is 6e-5
+
+
+@DTYPES
+@pytest.mark.parametrize("of", ["1 head", "3 heads", pytest.param("large", marks=REAL_SHAPE)])
+def test_tile_maxima(of, dtype):
+    """The maximum of each tile of the vocabulary is that of the logits as stored; asking for it changes no logit."""
+    given = inputs(of, dtype)
+    logits, maxima = run(gpu, "lm_head", given)
+    padded = F.pad(logits.float(), (0, -logits.shape[1] % VOCAB_TILE), value=float("-inf"))
+    assert torch.equal(maxima, padded.unflatten(1, (-1, VOCAB_TILE)).amax(-1))
+    plain, _ = run(gpu, "lm_head", given, tile_maxima=None)
+    assert same_bits(plain, logits)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_prefill_of_a_model(heads):
+    """300 tokens, 256 of them in one pass of large tiles, give the hidden states of the torch backend."""
+    fields, tokens = {"n_layer": 1, "n_head": heads}, random_tokens(300)
+    model, twin = tiny_gpt2(torch.float32, gpu, DEVICE, **fields), tiny_gpt2(**fields)
+    hidden = model.prefill(tokens, model.new_cache(300))
+    assert_close(hidden.cpu(), twin.prefill(tokens, twin.new_cache(300)), torch.float32, LOGIT_TOLERANCES)
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that begins one element past a multiple of 16 bytes."""
+    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
+
+
+FAULTS = {
+    "contiguous": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+    "dtype": lambda tensor: tensor.to(torch.float64 if tensor.is_floating_point() else torch.int64),
+    "device": lambda tensor: tensor.to("meta"),
+    "aligned": misaligned,
+    "empty": lambda tensor: tensor[:0],
+}
+# What others are compared with: where it is at fault, the first of the others may be named.
+ANCHORS = {"x", "q", "wte", "page_table", "positions"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_bad_tensor(op, fault):
+    """Each tensor argument in turn is bad in one way: ValueError naming it, and nothing is launched."""
+    arguments = ARGUMENTS[op](gpu, inputs("3 heads", torch.float32))
+    for field, tensor in arguments.items():
+        if isinstance(tensor, torch.Tensor):
+            named = r"\w+" if field in ANCHORS else field
+            refused(rf"^{named} ", op, arguments | {field: FAULTS[fault](tensor)})
+
+
+def refused(message: str, op: str, arguments: dict) -> None:
+    """Assert that ``op`` raises ValueError with this ``message`` before any launch."""
+    with record(architecture(torch.device(DEVICE))) as launches:  # instead of running what would be launched
+        with pytest.raises(ValueError, match=message):
+            getattr(gpu, op)(**arguments)
+        assert not launches
+
+
+@pytest.mark.parametrize(
+    ("op", "field"),
+    [
+        ("embed", "positions"),
+        ("embed", "wpe"),
+        ("route", "committed"),
+        ("route", "sequences"),
+        ("route", "slot_mapping"),
+        ("layer_norm_linear", "norm_weight"),
+        ("layer_norm_linear", "norm_bias"),
+        ("layer_norm_linear", "weight"),
+        ("layer_norm_linear", "bias"),
+        ("layer_norm_qkv", "v_cache"),
+        ("tree_attention", "v_cache"),
+        ("linear_residual", "weight"),
+        ("linear_residual", "residual"),
+        ("lm_head", "tile_maxima"),
+    ],
+)
+def test_bad_shape(op, field):
+    """One column too few: ValueError naming the tensor, before any launch."""
+    arguments = ARGUMENTS[op](gpu, inputs("3 heads", torch.float32))
+    refused(rf"^{field} must have shape", op, arguments | {field: arguments[field][..., :-1].contiguous()})
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_no_rows(op):
+    """A pass without rows is a ValueError, before any launch."""
+    given = inputs("3 heads", torch.float32)
+    no_rows = given.rows(torch.tensor([], dtype=torch.long))
+    arguments = ARGUMENTS[op](gpu, given)
+    if op in ("layer_norm_qkv", "tree_attention"):  # there is no route without rows
+        arguments |= {"x": no_rows.x} if op == "layer_norm_qkv" else {"q": no_rows.q}
+    else:
+        arguments = ARGUMENTS[op](gpu, no_rows)
+    refused(r"^\w+ (must|has 0 rows)", op, arguments)
+
+
+def test_too_many_rows():
+    """A tree of 129 rows is refused, a prefill of as many is not."""
+    arguments = ARGUMENTS["route"](gpu, tree_pass(SMALL, torch.float32, [3], 129, page_size=1))
+    refused("a pass over a tree has at most 128 rows, got 129", "route", arguments)
+    assert gpu.route(**ARGUMENTS["route"](gpu, prefill_pass(SMALL, torch.float32, 3, 129, 1))).tail_slots is None
+
+
+def test_route_for_other_rows():
+    given = inputs("3 heads", torch.float32)
+    other = gpu.route(**ARGUMENTS["route"](gpu, given.rows(torch.arange(5))))
+    for op in ("layer_norm_qkv", "tree_attention"):
+        refused(r"^[xq] has 27 rows, the route is for 5", op, ARGUMENTS[op](gpu, given) | {"route": other})
+
+
+def test_unsupported_head_dimension():
+    given = tree_pass(Shape(2, 32, 100, 97), torch.float32, [9], 3, page_size=1)
+    refused(
+        r"head dimension must be one of \(64, 128\), got 32", "tree_attention", ARGUMENTS["tree_attention"](gpu, given)
+    )
+
+
+def test_unknown_activation():
+    arguments = ARGUMENTS["layer_norm_linear"](gpu, inputs("1 head", torch.float32))
+    refused("activation must be one of .*, got 'relu'", "layer_norm_linear", arguments | {"activation": "relu"})
+
+
+def test_heads_that_do_not_fit_the_weight():
+    arguments = ARGUMENTS["layer_norm_qkv"](gpu, inputs("3 heads", torch.float32))
+    two_heads = {cache: arguments[cache][:, :2].contiguous() for cache in ("k_cache", "v_cache")}
+    refused(r"weight \[576, 192\] does not fit 2 heads of 64", "layer_norm_qkv", arguments | two_heads)
+
+
+def test_more_counters_than_there_are():
+    """A launch of more tiles than there are arrival counters is refused, not run with neighbours' counters."""
+    x, weight = torch.empty(1, 64, device="meta"), torch.empty(65537 * 16, 64, device="meta")
+    with record("sm_90") as launches:
+        with pytest.raises(ValueError, match="needs 65537 arrival counters, there are 65536"):
+            linear.linear(x, weight, x.new_empty(1, len(weight)), tiles=LinearTiles(16, 16, 32, 2))
+        assert not launches
+
+
+def test_tiles_that_do_not_fit():
+    """Tiles that would cut across heads' borders, or report maxima of other tiles, are refused."""
+    given = inputs("3 heads", torch.float32)
+    scatter = (given.k_cache, given.v_cache, given.query.slot_mapping)
+    with pytest.raises(ValueError, match="a width of 192 is no multiple of the 128 outputs of a tile"):
+        linear.linear(given.x, given.qkv_weight, given.q, scatter=scatter, tiles=LinearTiles(16, 128, 64))
+    maxima = given.x.new_empty(len(given.x), 3)
+    with pytest.raises(ValueError, match="tile_maxima need tiles of 64 outputs, got 128"):
+        out = given.x.new_empty(len(given.x), 130)
+        linear.linear(given.x, given.wte, out, tile_maxima=maxima, tiles=LinearTiles(16, 128, 64))
