@@ -64,7 +64,7 @@ def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.d
         return _splits(-(-num_outputs // tile), -(-depth // step))
 
     if dtype == torch.float32:  # products on the vector units: 16 rows, or dead rows would cost more than the weights
-        return LinearTiles(16, 32, 32, cut(32, 32), 4, 3)
+        return LinearTiles(16, 32, 32, cut(32, 32), 4, 2)
     if arch.startswith("gfx"):
         return LinearTiles(64, 64, 64, cut(64, 64), 4, 2)
     if arch in ("sm_80", "sm_89"):  # 99 KiB of shared memory on sm_89
@@ -87,7 +87,7 @@ def prefill_tiles(arch: str, dtype: torch.dtype) -> LinearTiles:
     if arch == "interpreter":
         return LinearTiles(64, 128, 128)
     if dtype == torch.float32:
-        return LinearTiles(32, 64, 32, 1, 4, 2)
+        return LinearTiles(32, 64, 32, 1, 8, 2)
     return LinearTiles(128, 128, 64, 1, 8, 3) if arch.startswith("sm_") else LinearTiles(128, 128, 32, 1, 8, 2)
 
 
@@ -95,13 +95,13 @@ def attention_tiles(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionTi
     """Tiles of tree attention, sized so that a window of keys and values and its scores stay in registers."""
     if arch == "interpreter":
         return AttentionTiles(parts=2, tail_rows=16)
-    scarce = (head_dim // 64) * (4 if dtype == torch.float32 else 1)
+    scarce = (head_dim // 64) * (8 if dtype == torch.float32 else 1)
     return AttentionTiles(window=max(16, 128 // scarce), tail_step=16 * 64 // head_dim)
 
 
-def prefill_attention_rows(dtype: torch.dtype) -> int:
+def prefill_attention_tiles(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Queries of one program of prefill attention, and the positions that it reads at a time."""
-    return 64 if dtype != torch.float32 else 16
+    return (16, 16) if dtype == torch.float32 else (64, 64 * 64 // head_dim)
 
 
 @functools.cache

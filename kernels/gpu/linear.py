@@ -12,6 +12,8 @@ memory; the last one to arrive adds them in index order, so the sum does not dep
 tile are alive changes no bit of the others: a row of a matrix product is computed from its own row of x.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -258,6 +260,8 @@ def linear(
     arch = architecture(device)
     if tiles is None and num_rows > MAX_ROWS:
         tiles = prefill_tiles(arch, dtype)
+        if scatter is not None and (num_outputs // 3) % tiles.outputs:
+            tiles = replace(tiles, outputs=64)  # divides every width
     tiles = tiles or linear_tiles(arch, num_outputs, depth, dtype)
     if scatter is not None and (num_outputs // 3) % tiles.outputs:
         raise ValueError(f"a width of {num_outputs // 3} is no multiple of the {tiles.outputs} outputs of a tile")

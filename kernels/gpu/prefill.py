@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.attention import LOG2E, load_queries, over_windows
-from kernels.gpu.config import prefill_attention_rows
+from kernels.gpu.config import prefill_attention_tiles
 from kernels.gpu.launch import launch
 from kernels.gpu.route import Route
 
@@ -72,7 +72,7 @@ def prefill_attention(
 ) -> torch.Tensor:
     """Launch causal attention into ``out``; arguments checked by ``kernels.gpu.forward.tree_attention``."""
     num_rows, num_heads, dim = q.shape
-    rows = prefill_attention_rows(q.dtype)
+    rows, window = prefill_attention_tiles(dim, q.dtype)
     launch(
         _prefill_attention_kernel,
         (triton.cdiv(num_rows, rows), num_heads),
@@ -88,7 +88,7 @@ def prefill_attention(
             "stride_table": route.page_table.stride(0),
             "scale": scale * LOG2E,
         },
-        {"H": num_heads, "D": dim, "PAGE_SIZE": route.page_size, "WINDOW": rows, "BLOCK_ROWS": rows},
+        {"H": num_heads, "D": dim, "PAGE_SIZE": route.page_size, "WINDOW": window, "BLOCK_ROWS": rows},
         num_warps=4,
         num_stages=2,
     )

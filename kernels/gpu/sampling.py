@@ -230,7 +230,7 @@ def draw(
         "NUCLEUS": sampling.top_p < 1.0,
         "CHILDREN": width,
         "BITS": _SEARCH_BITS[logits.dtype],
-        "BLOCK": min(4096, triton.next_power_of_2(vocab_size)),
+        "BLOCK": min(2048, triton.next_power_of_2(vocab_size)),
     }
     top_k = min(sampling.top_k, vocab_size) if sampling.noise else max(1, width)
     overflow = None

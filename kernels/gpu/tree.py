@@ -212,6 +212,7 @@ def insert_children(
             "BLOCK_ENTRIES": triton.next_power_of_2(children.numel()),
             "BLOCK_PATH": BLOCK_PATH,
         },
+        num_warps=8,
     )
 
 
