@@ -75,7 +75,8 @@ def markdown(newest: dict[str, Any], others: list[dict[str, Any]]) -> str:
     about, rows = newest["about"], newest["rows"]
     chosen = [row for row in rows if row["shape"] == "large" and row["dtype"] == "bfloat16" and "error" not in row]
     body = "\n".join(
-        f"| {row['arch']} | {row['op']}{', D = 128' * (row['head_dim'] == 128)} | {row['tiles']} | {row['registers']} | {row['shared'] / 1024:.1f} | "
+        f"| {row['arch']} | {row['op']}{', D = 128' * (row['head_dim'] == 128)} | {row['tiles']} | "
+        f"{row['registers']} | {row['shared'] / 1024:.1f} | "
         f"{row['programs']} | {', '.join(f'{n} {name}' for name, n in row['matrix'].items())} | "
         f"{row['streamed_wide']} / {row['streamed_narrow']} | {row['instructions']} |"
         for row in chosen
@@ -88,8 +89,8 @@ def markdown(newest: dict[str, Any], others: list[dict[str, Any]]) -> str:
         notes.append(f"- Triton {other['about']['triton']}: {len(other['rows'])} binaries, of which differ: {counts}")
     return f"""# Machine code of GPT-2 Large, bfloat16
 
-Compiled ahead of time with Triton {about["triton"]} from the launches of a pass, without a GPU: {len(rows)} binaries of all
-shapes, {len(about["problems"]) or "no"} problems. Commit {about["commit"]}, {about["date"]}, `{about["command"]}`.
+Compiled ahead of time with Triton {about["triton"]} from the launches of a pass, without a GPU: {len(rows)} binaries of
+all shapes, {len(about["problems"]) or "no"} problems. Commit {about["commit"]}, {about["date"]}, `{about["command"]}`.
 
 Tiles are rows x outputs x depth / splits of linear layers, rows x window / parts of attention, then warps and stages.
 "Programs" is how many one multiprocessor holds. Loads are of weights, keys and values: 16 bytes a thread / narrower.

@@ -382,6 +382,42 @@ def test_large_subtree(num_nodes, seed):
     assert_equal(device.chain, chain)
 
 
+@pytest.mark.parametrize("num_nodes", [100, 208, pytest.param(1024, marks=REAL_SHAPE)])
+def test_guesses_in_a_large_tree(num_nodes):
+    """Guesses are found, kept or rejected wherever they stand, beyond the chunks in which the tree is searched."""
+    host = random_tree(num_nodes, seed=1, vocab_size=10**6)
+    host.edge_scores[1:] = -torch.rand(num_nodes - 1)
+    device = moved(host, DEVICE)
+    parents = host.parents[-num_nodes // 2 :].unique()[-16:]
+    children, scores = torch.zeros(16, 3, dtype=torch.int32), -torch.rand(16, 3)
+    for row, parent in enumerate(parents.tolist()):
+        guesses = host.tokens[host.parents == parent].tolist()
+        children[row] = torch.tensor([2 * 10**6, guesses[-1], 3 * 10**6])
+    reference.insert_children(host, 1, parents, children, scores, 32)
+    depth = int32(32, device=DEVICE)
+    gpu.insert_children(
+        device, 1, padded(parents, 17, -1), padded(children, 17, 0), padded(scores, 17, math.nan), depth
+    )
+    assert_equal(device, host, num_nodes)
+    assert (host.edge_scores[64:] == -math.inf).any() and parents.max() > 64
+
+
+@pytest.mark.parametrize("max_depth", [-1, 0, 1, 2])
+def test_no_child_below_max_depth(max_depth):
+    """Nodes at ``max_depth`` and below get no children, new or guessed, and count as scored all the same."""
+    host = random_tree(14, seed=3, vocab_size=VOCAB)
+    host = Tree(*(torch.cat([column, column[:2]]) if len(column) > 1 else column for column in host))  # room for two
+    device = moved(host, DEVICE)
+    nodes = int32(0, 1, 2, 5)
+    assert host.depths[nodes].tolist()[:3] == [0, 1, 2]
+    children, scores = int32([1, 2], [3, 4], [1, 5], [0, 6]), -torch.rand(4, 2)
+    reference.insert_children(host, 1, nodes, children, scores, max_depth)
+    depth = int32(max_depth, device=DEVICE)
+    gpu.insert_children(device, 1, padded(nodes, 5, -1), padded(children, 5, 0), padded(scores, 5, math.nan), depth)
+    assert_equal(device, host, int(host.num_nodes))
+    assert (host.scored[nodes] == 1).all() and not host.failed
+
+
 @pytest.mark.parametrize("edges", [[-1.0, math.nan], [math.nan, math.nan], [math.nan, -math.inf]])
 def test_nan_edge(edges):
     """A NaN edge marks the tree on both sides alike, and the next commit ends the generation by naming the stage."""

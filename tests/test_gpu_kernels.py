@@ -247,6 +247,15 @@ def test_nan_reaches_its_readers(positions, cache):
 
 
 @DTYPES
+def test_wide_embedding(dtype):
+    """A row of GPT-2 XL, which takes two programs; sums of two values round once, so the bits are the twin's."""
+    tokens, positions = (torch.tensor(ids, dtype=torch.int32, device=DEVICE) for ids in ([96, 0, 5], [0, 40, 7]))
+    wte, wpe = normal(97, 1600, dtype=dtype), normal(41, 1600, dtype=dtype)
+    x = gpu.embed(tokens, positions, wte, wpe)
+    assert torch.equal(x.cpu(), reference.embed(tokens.cpu(), positions.cpu(), wte.cpu(), wpe.cpu()))
+
+
+@DTYPES
 @pytest.mark.parametrize("of", ["1 head", pytest.param("large", marks=REAL_SHAPE)])
 @pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu"])
 def test_activation(activation, of, dtype):

@@ -152,6 +152,15 @@ def test_ties_at_the_kth_value(rule, dtype):
     check(logits, RULES[rule])
 
 
+@pytest.mark.parametrize("rule", ["greedy", "top_k=2", "top_k=20", "top_k=65"])
+def test_a_tie_in_every_tile(rule):
+    """More tiles reach the bound than the narrow kernel has room for, one logit each; the best stands in the last."""
+    logits = random_logits(2, 6400, torch.bfloat16)
+    logits[:, torch.arange(100) * 64 + torch.arange(100) % 64] = -10.0
+    logits[1, -1] = -8.0
+    check(logits, RULES[rule], maxima=maxima_of(logits))
+
+
 @pytest.mark.parametrize("rule", ["top_p", "all-wide", "top_k=300"])
 def test_nucleus_ends_among_ties(rule):
     """Of equal tokens the lowest ids make up the nucleus, counted through all blocks of a large vocabulary."""

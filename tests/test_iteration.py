@@ -620,9 +620,10 @@ def test_what_is_remembered_comes_before_the_table(table, ops):
 def test_what_is_not_remembered(table, ops):
     """A context of one token, a node without a possible child, and one with NaN."""
     recent = ops.new_recent(16, 2, SIZE, home(ops))
-    remember(recent, [3], [0], [[1, 2, 0]], [[0.6, 0.3, 0.1]], ops)
+    for text in ([2], [3]):
+        remember(recent, text, [0], [[1, 2, 0]], [[0.6, 0.3, 0.1]], ops)
     remember(recent, [1, 2], [0, 3], [[1, 2, 0]] * 2, [[0.0] * 3, [math.nan] * 3], ops)
-    assert (recent.keys == -1).all()
+    assert (recent.keys == -1).all() and (recent.log_probs == -math.inf).all()
     assert recall(recent, table, [3], ops) == ([3, 0], [0.5, 0.25]), "its key would be that of an empty bucket"
 
 
