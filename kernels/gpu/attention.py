@@ -230,12 +230,11 @@ def _tree_attention_kernel(
     for i in tl.static_range(PARTS + 1):
         offs = i * stride_part + rows * H + head
         part_max = tl.load(maxima_ptr + offs, mask=live, other=float("-inf"), cache_modifier=".cg")
-        used = part_max > float("-inf")
         factor = tl.exp2(part_max - safe)
-        part_sum = tl.load(sums_ptr + offs, mask=live & used, other=0.0, cache_modifier=".cg")
+        part_sum = tl.load(sums_ptr + offs, mask=live, other=0.0, cache_modifier=".cg")
         part_mixed = tl.load(
             mixed_ptr + offs[:, None] * D + offs_d[None, :],
-            mask=(live & used)[:, None],
+            mask=live[:, None],
             other=0.0,
             cache_modifier=".cg",
         )

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_name("tuned.json")
+# A pipeline this deep leaves room for one program on each, so more programs than this take two rounds.
+MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 PREFILL_ROWS = 1024  # rows of one pass of a long prompt, a multiple of MAX_ROWS
 
 
@@ -61,10 +63,10 @@ def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.d
         return LinearTiles(16, 64, 64 if depth < 512 else 256, 2 if depth > 64 else 1)
 
     def cut(tile: int, step: int) -> int:
-        return _splits(-(-num_outputs // tile), -(-depth // step))
+        return _splits(-(-num_outputs // tile), -(-depth // step), MULTIPROCESSORS.get(arch, 128))
 
     if dtype == torch.float32:  # products on the vector units: 16 rows, or dead rows would cost more than the weights
-        return LinearTiles(16, 32, 32, cut(32, 32), 4, 2)
+        return LinearTiles(16, 32, 32, cut(32, 32), 4 if arch.startswith("gfx") else 8, 3)
     if arch.startswith("gfx"):
         return LinearTiles(64, 64, 64, cut(64, 64), 4, 2)
     if arch in ("sm_80", "sm_89"):  # 99 KiB of shared memory on sm_89
@@ -72,15 +74,15 @@ def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.d
     return LinearTiles(64, 64, 128, cut(64, 128), 4, 4)
 
 
-def _splits(num_tiles: int, num_steps: int) -> int:
-    """Finest cut of the depth that stays below 192 programs, gives each three steps and leaves none without work.
+def _splits(num_tiles: int, num_steps: int, num_programs: int) -> int:
+    """Finest cut of the depth into at most ``num_programs`` programs that gives each three steps and none no work.
 
     A loop of two steps is unrolled whole, and with a layer norm in it runs out of registers.
     """
     fitting = [
         n
         for n in range(2, 17)
-        if num_tiles * n <= 192 and -(-num_steps // n) >= 3 and -(-num_steps // n) * (n - 1) < num_steps
+        if num_tiles * n <= num_programs and -(-num_steps // n) >= 3 and -(-num_steps // n) * (n - 1) < num_steps
     ]
     return max(fitting, default=1)
 

@@ -92,6 +92,8 @@ def require(
     if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape)):  # noqa: B905
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if any(want is None and got == 0 for want, got in zip(shape, tensor.shape)):  # noqa: B905
+        raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}")
     if tensor.device.type != "meta" and tensor.data_ptr() % ALIGNMENT:

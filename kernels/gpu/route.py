@@ -114,7 +114,7 @@ def route(
     require("page_table", page_table, (None, None), torch.int32, device)
     require("committed", committed, (len(page_table),), torch.int32, device)
     require("sequences", sequences, (num_rows,), torch.int32, device)
-    require("positions", positions, (num_rows,), torch.int32, device)
+    require("positions", positions, (None,), torch.int32, device)
     require("paths", paths, (num_rows, None), torch.int32, device)
     require("node_slots", node_slots, (None,), torch.int32, device)
     require("slot_mapping", slot_mapping, (num_rows,), torch.int32, device)
