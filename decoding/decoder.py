@@ -19,7 +19,7 @@ from decoding.config import (
 )
 from decoding.loop import Generation
 from decoding.stages import GPT2Stage, KatzStage, Stage
-from kernels.layout import SuccessorTable
+from kernels.layout import SuccessorTable, aligned
 from model import runtime, weights
 from model.gpt2 import GPT2
 
@@ -78,7 +78,7 @@ class StagedDecoder:
         if table is not None:
             rows = katz.load(table)
             home = chosen.ops.state_device(chosen.device)
-            rows = SuccessorTable(*(part.to(home) for part in rows[:-1]), rows.vocab_size)
+            rows = SuccessorTable(*(aligned(part.to(home)) for part in rows[:-1]), rows.vocab_size)
             lower.append(KatzStage("draft2", rows, chosen.ops))
         for i, source in enumerate(drafts):
             name = "draft" if len(drafts) == 1 else f"draft_{i + 1}"

@@ -25,6 +25,14 @@ LEAST_REST = 1e-6  # mass outside a remembered row, where rounding leaves none
 NULL_PAGE = 0  # never handed out, always zero: what a dead lane reads
 
 
+ALIGNMENT = 16  # bytes; a less aligned pointer would select another binary, with other vector loads
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy where it does not start at a multiple of ALIGNMENT, as views of files may not."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
 def shared_end(positions: torch.Tensor) -> torch.Tensor:
     """First position of the tail of queries at ``positions`` [N]; see the module docstring."""
     return (positions - DEPTH_LIMIT).clamp(min=0).div(TAIL_ALIGNMENT, rounding_mode="floor") * TAIL_ALIGNMENT

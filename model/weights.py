@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from kernels.layout import aligned
 from model.config import GPT2Config, eos_token_ids
 
 # Buffers that old checkpoints carry: causal masks, not weights.
@@ -151,7 +152,7 @@ def from_state_dict(
         _check_tensor(name, state[name], shape, dtype)
 
     def put(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(device=device, dtype=dtype).contiguous()
+        return aligned(tensor.detach().to(device=device, dtype=dtype).contiguous())
 
     def layer(i: int) -> Layer:
         return Layer(

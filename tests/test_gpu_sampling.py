@@ -191,6 +191,7 @@ def test_ties_at_the_first_rank(value, rule):
     tokens, *_ = check(logits, RULES[rule])
     assert rule != "greedy" or tokens.tolist() == [20] * 4
     assert set(tokens.tolist()) <= {20, 70, 90}
+    check(logits, RULES[rule], 1)
 
 
 @each_path

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from kernels.layout import ALIGNMENT
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 NUM_ARRIVALS = 65536  # counters that one launch may need
-ALIGNMENT = 16  # bytes; a less aligned pointer would select another binary, with other vector loads
 
 
 class Launch(NamedTuple):
