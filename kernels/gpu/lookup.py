@@ -10,7 +10,7 @@ import triton.language as tl
 
 from kernels.gpu.launch import launch, require
 from kernels.gpu.noise import first, gumbel, philox_word, seed_words
-from kernels.gpu.tree import require_tree
+from kernels.gpu.tree import require_progress, require_tree
 from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
 
 
@@ -121,6 +121,7 @@ def lookup_nodes(
     """
     device, width = tree.tokens.device, table.tokens.shape[1]
     require_tree(tree)
+    require_progress(progress, device)
     require("nodes", nodes, (None,), torch.int32, device)
     require("keys", table.keys, (None,), torch.int64, device)
     require("rows", table.rows, (len(table.keys),), torch.int32, device)
@@ -241,6 +242,7 @@ def learn(
     """Remember what a stage has just drawn at ``nodes``; see ``kernels.reference``. One launch."""
     device = tree.tokens.device
     require_tree(tree)
+    require_progress(progress, device)
     require("nodes", nodes, (None,), torch.int32, device)
     require("children", children, (len(nodes), None), torch.int32, device)
     require("log_probs", log_probs, tuple(children.shape), torch.float32, device)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import launch, require
-from kernels.gpu.tree import BLOCK_PATH, PATH, require_tree
+from kernels.gpu.tree import BLOCK_PATH, PATH, require_chain, require_progress, require_tree
 from kernels.layout import Chain, Progress, Rows, Tree
 
 
@@ -123,8 +123,8 @@ def stage_rows(
     require_tree(tree)
     require("nodes", nodes, (None,), torch.int32, device)
     require("reach", reach, (None,), torch.int32, device)
-    require("page_tables", chain.page_tables, (None, None), torch.int32, device)
-    require("node_slots", chain.node_slots, (len(chain.page_tables), capacity), torch.int32, device)
+    require_progress(progress, device)
+    require_chain(chain, capacity, device)
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)

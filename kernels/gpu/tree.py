@@ -10,7 +10,7 @@ import triton.language as tl
 
 from kernels.gpu.launch import launch, require
 from kernels.gpu.noise import kth_largest, order
-from kernels.layout import DEPTH_LIMIT, Tree
+from kernels.layout import DEPTH_LIMIT, RECORD, Chain, Progress, Tree
 
 PATH = DEPTH_LIMIT + 1
 BLOCK_PATH = triton.next_power_of_2(PATH)
@@ -222,3 +222,19 @@ def require_tree(tree: Tree) -> None:
     for name, column in tree._asdict().items():
         shape = {"paths": (capacity, PATH), "num_nodes": (1,), "failed": (1,)}.get(name, (capacity,))
         require(name, column, shape, torch.float32 if name.endswith("scores") else torch.int32, device)
+
+
+def require_progress(progress: Progress, device: torch.device) -> None:
+    """Raise ValueError unless every column of ``progress`` is what the kernels read."""
+    shapes = {"reach": (len(progress.contexts), 4), "record": (RECORD,)}
+    shapes |= dict.fromkeys(("length", "end", "depths", "state"), (1,))
+    for name, column in progress._asdict().items():
+        require(name, column, shapes.get(name, (None,)), torch.int32, device)
+
+
+def require_chain(chain: Chain, capacity: int, device: torch.device) -> None:
+    """Raise ValueError unless every column of ``chain`` is what the kernels read, for trees of ``capacity`` nodes."""
+    num_caches = len(chain.page_tables)
+    shapes = {"page_tables": (num_caches, None), "cached_len": (num_caches,)}
+    for name, column in chain._asdict().items():
+        require(name, column, shapes.get(name, (num_caches, capacity)), torch.int32, device)

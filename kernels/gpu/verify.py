@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import launch, require
-from kernels.gpu.tree import BLOCK_PATH, PATH, require_tree, sum_paths
+from kernels.gpu.tree import BLOCK_PATH, PATH, require_chain, require_progress, require_tree, sum_paths
 from kernels.layout import EOS, LENGTH, MAX_STAGES, RECORD, Chain, Progress, Record, Tree
 
 _EMITTED, _STATE, _PROPOSED = tl.constexpr(Record.EMITTED), tl.constexpr(Record.STATE), tl.constexpr(Record.PROPOSED)
@@ -259,10 +259,8 @@ def verify_and_commit(
     require_tree(tree)
     require("rows", rows, (None,), torch.int32, device)
     require("drawn", drawn, (len(rows),), torch.int32, device)
-    require("reach", progress.reach, (num_stages, 4), torch.int32, device)
-    require("record", progress.record, (RECORD,), torch.int32, device)
-    require("node_slots", chain.node_slots, (len(chain.page_tables), capacity), torch.int32, device)
-    require("cached", chain.cached, tuple(chain.node_slots.shape), torch.int32, device)
+    require_progress(progress, device)
+    require_chain(chain, capacity, device)
     launch(
         _verify_kernel,
         (1,),
