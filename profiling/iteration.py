@@ -1,6 +1,7 @@
 """The operations of an iteration that belong to no model: tree, rows, look-ups, verification; on empty states."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -16,13 +17,13 @@ RECENT_BUCKETS, RECENT_WIDTH = 4096, 8
 TABLE_BUCKETS, TABLE_ROWS, TABLE_WIDTH = 1 << 17, 1 << 16, 16
 
 
-def iteration(vocab: int, device: torch.device | str) -> dict[str, Callable]:
+def iteration(vocab: int, device: torch.device | str, ops: ModuleType = gpu) -> dict[str, Callable]:
     """Calls by name, on states of fixed capacity as a generation has them; on "meta" call them inside ``record``."""
-    tree = gpu.new_tree(CAPACITY, device)
-    progress = gpu.new_progress([0] * 16, POSITIONS, DEPTH_LIMIT, [POSITIONS] * STAGES, (vocab - 1,), device)
+    tree = ops.new_tree(CAPACITY, device, root=0)
+    progress = ops.new_progress([0] * 16, POSITIONS, DEPTH_LIMIT, [POSITIONS] * STAGES, (vocab - 1,), device)
     leased = [torch.zeros(size, dtype=torch.int32) for size in (POSITIONS, CAPACITY)]
-    chain = gpu.new_chain([leased[0]] * 2, [leased[1]] * 2, [0, 0], device)
-    recent = gpu.new_recent(RECENT_BUCKETS, RECENT_WIDTH, vocab, device)
+    chain = ops.new_chain([leased[0]] * 2, [leased[1]] * 2, [0, 0], device)
+    recent = ops.new_recent(RECENT_BUCKETS, RECENT_WIDTH, vocab, device)
     nodes = torch.zeros(WIDTH, dtype=torch.int32, device=device)
     children = torch.zeros(WIDTH, CHILDREN, dtype=torch.int32, device=device)
     scores = torch.zeros(WIDTH, CHILDREN, device=device)
@@ -37,13 +38,13 @@ def iteration(vocab: int, device: torch.device | str) -> dict[str, Callable]:
     )
     greedy, sampled = Sampling(False, 0, 1.0, 0, 1.0, 0.0), Sampling(True, 7, 1.0, 50, 1.0, 0.0)
     return {
-        "select_nodes": lambda: gpu.select_nodes(tree, 1, WIDTH, reach),
-        "stage_rows": lambda: gpu.stage_rows(tree, nodes, progress, chain, 0, reach, WIDTH, WIDTH),
-        "lookup_nodes, greedy": lambda: gpu.lookup_nodes(table, tree, nodes, progress, greedy, CHILDREN, 1.0),
-        "lookup_nodes, sampled": lambda: gpu.lookup_nodes(
+        "select_nodes": lambda: ops.select_nodes(tree, 1, WIDTH, reach),
+        "stage_rows": lambda: ops.stage_rows(tree, nodes, progress, chain, 0, reach, WIDTH, WIDTH),
+        "lookup_nodes, greedy": lambda: ops.lookup_nodes(table, tree, nodes, progress, greedy, CHILDREN, 1.0),
+        "lookup_nodes, sampled": lambda: ops.lookup_nodes(
             table, tree, nodes, progress, sampled, CHILDREN, 0.85, recent
         ),
-        "learn": lambda: gpu.learn(recent, tree, nodes, progress, children, scores),
-        "insert_children": lambda: gpu.insert_children(tree, 1, nodes, children, scores, reach),
-        "verify_and_commit": lambda: gpu.verify_and_commit(tree, nodes, nodes, progress, chain),
+        "learn": lambda: ops.learn(recent, tree, nodes, progress, children, scores),
+        "insert_children": lambda: ops.insert_children(tree, 1, nodes, children, scores, reach),
+        "verify_and_commit": lambda: ops.verify_and_commit(tree, nodes, nodes, progress, chain),
     }

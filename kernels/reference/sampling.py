@@ -86,9 +86,15 @@ def draw(
 def _best(scores: torch.Tensor, width: int) -> torch.Tensor:
     """Indices of the ``width`` largest scores of each row, falling; equal ones by rising index."""
     values, indices = scores.topk(min(width + 1, scores.shape[1]), dim=-1)
-    if bool((values[:, 1:] == values[:, :-1]).any()):  # topk alone orders equal values as it likes
-        indices = scores.sort(dim=-1, descending=True, stable=True).indices
-    return indices[:, :width]
+    if not bool((values[:, 1:] == values[:, :-1]).any()):
+        return indices[:, :width]
+    scores = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # topk alone orders ties as it likes
+    last = scores.topk(width, dim=-1).values[:, -1:]
+    above, equal = scores > last, scores == last
+    chosen = above | (equal & (equal.cumsum(1) <= width - above.sum(1, keepdim=True)))
+    ids = chosen.nonzero()[:, 1].view(-1, width)
+    order = scores.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
+    return ids.gather(1, order)
 
 
 def _candidates(logits: torch.Tensor, sampling: Sampling, at_least: int) -> tuple[torch.Tensor, torch.Tensor]:
