@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import launch, require
-from kernels.gpu.noise import first, gumbel, philox_word, seed_words
+from kernels.gpu.noise import gumbel, philox_word, seed_words
+from kernels.gpu.order import first
 from kernels.gpu.tree import require_progress, require_tree
 from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
 
@@ -18,6 +19,14 @@ from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampli
 def _hash(key, num_buckets):
     """First bucket of an int64 key, ``hash_context`` of kernels.reference."""
     return (key * -7046029254386353131 >> 32) & (num_buckets - 1)
+
+
+@triton.jit
+def _previous(node, live, tree_tokens_ptr, parents_ptr, text_ptr, length):
+    """The token before each live node's own, in the tree or in the text: int64, -1 where there is none."""
+    parent = tl.load(parents_ptr + node, mask=live, other=-1)
+    before_root = tl.load(text_ptr + length - 2, mask=length > 1, other=-1)
+    return tl.load(tree_tokens_ptr + parent, mask=live & (parent >= 0), other=before_root).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "tau", "num_buckets", "num_recent"])
@@ -62,11 +71,8 @@ def _lookup_kernel(
         tl.store(scores_ptr + w * CHILDREN + child, float("-inf"), mask=child < CHILDREN)
         return
     length = tl.load(length_ptr)
-    parent = tl.load(parents_ptr + node)
     last = tl.load(tree_tokens_ptr + node).to(tl.int64)
-    in_text = tl.load(text_ptr + length - 2, mask=(parent < 0) & (length > 1), other=-1)
-    previous = tl.load(tree_tokens_ptr + parent, mask=parent >= 0, other=in_text).to(tl.int64)
-
+    previous = _previous(node, node >= 0, tree_tokens_ptr, parents_ptr, text_ptr, length)
     key = previous * V + last
     offs = tl.arange(0, PROBES)
     bucket = _hash(key, num_buckets) + offs
@@ -210,10 +216,7 @@ def _learn_kernel(
     w = tl.arange(0, BLOCK_W)
     node = tl.load(nodes_ptr + w, mask=w < W, other=-1)
     live = node >= 0
-    length = tl.load(length_ptr)
-    parent = tl.load(parents_ptr + node, mask=live, other=-1)
-    before_root = tl.load(text_ptr + length - 2, mask=length > 1, other=-1)
-    previous = tl.load(tree_tokens_ptr + parent, mask=live & (parent >= 0), other=before_root).to(tl.int64)
+    previous = _previous(node, live, tree_tokens_ptr, parents_ptr, text_ptr, tl.load(length_ptr))
     key = previous * V + tl.load(tree_tokens_ptr + node, mask=live, other=0)
     lane = tl.arange(0, BLOCK)[None, :]
     has = live[:, None] & (lane < CHILDREN) & (lane < RECENT_WIDTH)

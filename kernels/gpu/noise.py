@@ -1,4 +1,4 @@
-"""What draws are made of: Philox words, Gumbel noise, exact order statistics by bisection on the bits of a float."""
+"""The noise of a draw: Philox words, and Gumbel noise made of them."""
 
 import triton
 import triton.language as tl
@@ -7,9 +7,8 @@ import triton.language as tl
 @triton.jit
 def philox_word(seed_low, seed_high, token, position):
     """First word of Philox4x32-10 with key ``seed`` and counter (token, position, 0, 0): uint32."""
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True).to(
-        tl.uint64
-    )
+    low, high = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
+    seed = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
     zero = tl.zeros_like(token).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, token.to(tl.uint32), zero + position.to(tl.uint32), zero, zero)
     return word
@@ -32,39 +31,6 @@ def gumbel(word):
     series = (series * u + 1.0) * u
     rest = ((0xFFFFFFFF - word).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 1 - u, exact in its fine end
     return -tl.log(tl.where(u < 0.125, series, -tl.log(rest)))
-
-
-@triton.jit
-def order(x):
-    """int32 that orders as the float32 ``x`` does; the two zeros are equal."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def kth_largest(keys, k, BITS: tl.constexpr):
-    """Largest int32 that at least ``k`` of ``keys`` reach, exact in its upper BITS bits."""
-    found = tl.full((), -2147483648, tl.int32)
-    for i in range(BITS):
-        trial = found + (tl.full((), 1, tl.int32) << (31 - i))
-        found = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= k, trial, found)
-    return found
-
-
-@triton.jit
-def first(hit, lane, SIZE: tl.constexpr):
-    """Lowest lane where ``hit`` holds; SIZE if there is none."""
-    return tl.min(tl.where(hit, lane, SIZE))
-
-
-@triton.jit
-def nucleus_cut(keys, mass, wanted, BITS: tl.constexpr):
-    """Smallest key that the nucleus may hold: the mass above it is below ``wanted``."""
-    found = tl.full((), -2147483648, tl.int32)
-    for i in range(BITS):
-        trial = found + (tl.full((), 1, tl.int32) << (31 - i))
-        found = tl.where(tl.sum(tl.where(keys > trial, mass, 0.0)) >= wanted, trial, found)
-    return found + 1
 
 
 def seed_words(seed: int) -> dict[str, int]:

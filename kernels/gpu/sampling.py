@@ -20,12 +20,28 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import FLOATS, launch, require
-from kernels.gpu.noise import first, gumbel, kth_largest, nucleus_cut, order, philox_word, seed_words
+from kernels.gpu.noise import gumbel, philox_word, seed_words
+from kernels.gpu.order import best, first, kth_largest, nucleus_cut, order
 from kernels.gpu.sampling_wide import draw_wide_kernel
 from kernels.layout import VOCAB_TILE, Sampling
 
 NARROW_K = 64  # largest top-k and number of children of the narrow kernel
 _SEARCH_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}  # of a logit as float32, zeros not counted
+
+
+@triton.jit
+def _candidates(value, exists, temperature, top_k, NOISE: tl.constexpr, BITS: tl.constexpr):
+    """Which of ``value`` can be drawn: under noise the top_k and all that tie with the last of them, else top_k alone.
+
+    What equals the last value once divided by the temperature ties with it.
+    """
+    seen_by_search: tl.constexpr = -(1 << (32 - BITS))
+    keys = tl.where(exists, order(value) & seen_by_search, -2147483648)
+    if NOISE:
+        reached = exists & (keys >= kth_largest(keys, top_k, BITS))
+        return exists & (value / temperature >= tl.min(tl.where(reached, value, float("inf"))) / temperature)
+    else:
+        return best(keys, exists, top_k, BITS)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "top_k", "top_p", "log_min_p", "tau"])
@@ -65,23 +81,13 @@ def _draw_narrow_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_row_ptr = logits_ptr + row * STRIDE
     NUM_TILES: tl.constexpr = tl.cdiv(V, TILE)
-    UPPER: tl.constexpr = -(1 << (32 - BITS))  # of a key, the bits that a search sees
 
-    # tiles that can hold one of the best top_k logits
+    # tiles that can hold one of the highest top_k logits
     tile = tl.arange(0, BLOCK_MAXIMA)
     exists = tile < NUM_TILES
     maxima = tl.load(tile_maxima_ptr + row * NUM_TILES + tile, mask=exists, other=float("-inf"))
     is_nan = tl.max((maxima != maxima).to(tl.int32)) > 0
-    keys = tl.where(exists, order(maxima) & UPPER, -2147483648)
-    bound = kth_largest(keys, top_k, BITS)
-    wanted = exists & (keys >= bound)
-    if NOISE:  # what equals the bound once divided by the temperature ties with it
-        wanted = exists & (maxima / temperature >= tl.min(tl.where(wanted, maxima, float("inf"))) / temperature)
-    else:  # of equal tiles the first ones suffice, since ties go to the lowest id
-        above = keys > bound
-        equal = exists & (keys == bound)
-        room = top_k - tl.sum(above.to(tl.int32))
-        wanted = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    wanted = _candidates(maxima, exists, temperature, top_k, NOISE, BITS)
     num_tiles = tl.sum(wanted.to(tl.int32))
     place = tl.cumsum(wanted.to(tl.int32), 0) - 1
     tl.store(tiles_ptr + row * TILES + place, tile, mask=wanted & (place < TILES))
@@ -93,16 +99,7 @@ def _draw_narrow_kernel(
     token = chosen * TILE + lane % TILE
     exists = token < V
     value = tl.load(logits_row_ptr + token, mask=exists, other=float("-inf")).to(tl.float32)
-    keys = tl.where(exists, order(value) & UPPER, -2147483648)
-    bound = kth_largest(keys, top_k, BITS)
-    wanted = exists & (keys >= bound)
-    if NOISE:
-        wanted = exists & (value / temperature >= tl.min(tl.where(wanted, value, float("inf"))) / temperature)
-    else:
-        above = keys > bound
-        equal = exists & (keys == bound)
-        room = top_k - tl.sum(above.to(tl.int32))
-        wanted = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    wanted = _candidates(value, exists, temperature, top_k, NOISE, BITS)
     num_survivors = tl.sum(wanted.to(tl.int32))
     place = tl.cumsum(wanted.to(tl.int32), 0) - 1
     wanted = wanted & (place < SLOTS)
@@ -135,23 +132,26 @@ def _draw_narrow_kernel(
     plain = score
     if NOISE:
         score = score + gumbel(philox_word(seed_low, seed_high, ids, tl.load(positions_ptr + row)))
-    best = tl.max(score)
-    drawn = first(score == best, lane, SLOTS)
+    highest = tl.max(score)
+    drawn = first(score == highest, lane, SLOTS)
     drawn_id = tl.sum(tl.where(lane == drawn, ids, 0))
-    is_nan = is_nan | (best != best) | (drawn == SLOTS)
+    is_nan = is_nan | (highest != highest) | (drawn == SLOTS)
     tl.store(tokens_ptr + row, tl.where(is_nan, -1, drawn_id))
-    best = tl.where(is_nan, float("nan"), best)  # and so are all edges and log-probabilities
+    highest = tl.where(is_nan, float("nan"), highest)  # and so are all edges and log-probabilities
     largest = tl.where(is_nan, float("nan"), largest)
 
     if NOISE:
-        total = tl.sum(tl.exp((score - best) / tau))
+        total = tl.sum(tl.exp((score - highest) / tau))
         plain_total = tl.sum(tl.exp(plain - largest))
     elif (CHILDREN > 0) | (log_probs_ptr is not None):
         offs = tl.arange(0, BLOCK)
         total = 0.0
         plain_total = 0.0
         for start in range(0, V, BLOCK):
-            x = tl.load(logits_row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32) - best
+            x = (
+                tl.load(logits_row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
+                - highest
+            )
             total += tl.sum(tl.exp(x / tau))
             plain_total += tl.sum(tl.exp(x))
     if log_probs_ptr is not None:
@@ -162,7 +162,7 @@ def _draw_narrow_kernel(
         index = first(score == top, lane, SLOTS)
         at = row * CHILDREN + child
         tl.store(children_ptr + at, tl.sum(tl.where(lane == index, ids, 0)))
-        tl.store(edges_ptr + at, (top - best) / tau - tl.log(total))
+        tl.store(edges_ptr + at, (top - highest) / tau - tl.log(total))
         if child_log_probs_ptr is not None:
             plain_at = tl.sum(tl.where(lane == index, plain, 0.0))
             plain_at = tl.where(top > float("-inf"), plain_at, top)

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from kernels.gpu.noise import first, gumbel, order, philox_word
+from kernels.gpu.noise import gumbel, philox_word
+from kernels.gpu.order import first, order
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import launch, require
-from kernels.gpu.noise import kth_largest, order
+from kernels.gpu.order import best, order
 from kernels.layout import DEPTH_LIMIT, RECORD, Chain, Progress, Tree
 
 PATH = DEPTH_LIMIT + 1
@@ -29,18 +29,14 @@ def _select_kernel(
     BLOCK: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Grid (1,): the WIDTH best free nodes; bisection for the last score that gets in, then a count of its ties."""
+    """Grid (1,): the WIDTH best free nodes."""
     lane = tl.arange(0, BLOCK)
     live = lane < tl.load(num_nodes_ptr)
     score = tl.load(path_scores_ptr + lane, mask=live, other=float("-inf"))
     free = live & (score > float("-inf")) & (tl.load(scored_ptr + lane, mask=live, other=0) < stage)
     free = free & (tl.load(depths_ptr + lane, mask=live, other=0) <= tl.load(max_depth_ptr))
     keys = tl.where(free, order(score), -2147483648)
-    bound = kth_largest(keys, WIDTH, 32)
-    above = free & (keys > bound)
-    equal = free & (keys == bound)
-    room = WIDTH - tl.sum(above.to(tl.int32))
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    chosen = best(keys, free, WIDTH, 32)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     offs = tl.arange(0, BLOCK_WIDTH)
     tl.store(nodes_ptr + offs, -1, mask=(offs < WIDTH) & (offs >= tl.sum(chosen.to(tl.int32))))
@@ -113,7 +109,7 @@ def _insert_kernel(
     CHILDREN: tl.constexpr,
     PATH: tl.constexpr,
     BLOCK: tl.constexpr,  # of nodes
-    CHUNK: tl.constexpr,  # of nodes in one comparison
+    CHUNK: tl.constexpr,  # of nodes at a time
     BLOCK_ENTRIES: tl.constexpr,
     BLOCK_PATH: tl.constexpr,
 ):
@@ -155,15 +151,21 @@ def _insert_kernel(
     tl.store(parents_ptr + index, node, mask=new)
     tl.store(depths_ptr + index, depth + 1, mask=new)
     tl.store(scored_ptr + index, -1, mask=new)
-    d = tl.arange(0, BLOCK_PATH)[None, :]
-    of_parent = new[:, None] & (d <= depth[:, None])
-    path = tl.load(paths_ptr + node[:, None] * PATH + d, mask=of_parent, other=-1)
-    path = tl.where(d == depth[:, None] + 1, index[:, None], path)
-    tl.store(paths_ptr + index[:, None] * PATH + d, path, mask=new[:, None] & (d < PATH))
-    num_nodes += tl.sum(new.to(tl.int32))
-    tl.store(num_nodes_ptr, num_nodes)
     tl.debug_barrier()
-    sum_paths(paths_ptr, edges_ptr, path_scores_ptr, depths_ptr, num_nodes, PATH, BLOCK)
+
+    # paths of the newcomers: their parents', and themselves
+    d = tl.arange(0, BLOCK_PATH)[None, :]
+    count = num_nodes + tl.sum(new.to(tl.int32))
+    for start in range(num_nodes, count, CHUNK):
+        member = start + tl.arange(0, CHUNK)[:, None]
+        live = member < count
+        own = tl.load(depths_ptr + member, mask=live, other=0)
+        parent = tl.load(parents_ptr + member, mask=live, other=0)
+        path = tl.load(paths_ptr + parent * PATH + d, mask=live & (d < own), other=-1)
+        tl.store(paths_ptr + member * PATH + d, tl.where(d == own, member, path), mask=live & (d < PATH))
+    tl.store(num_nodes_ptr, count)
+    tl.debug_barrier()
+    sum_paths(paths_ptr, edges_ptr, path_scores_ptr, depths_ptr, count, PATH, BLOCK)
 
 
 def insert_children(
@@ -186,16 +188,7 @@ def insert_children(
         _insert_kernel,
         (1,),
         {
-            "tokens_ptr": tree.tokens,
-            "parents_ptr": tree.parents,
-            "depths_ptr": tree.depths,
-            "edges_ptr": tree.edge_scores,
-            "path_scores_ptr": tree.path_scores,
-            "sources_ptr": tree.sources,
-            "scored_ptr": tree.scored,
-            "paths_ptr": tree.paths,
-            "num_nodes_ptr": tree.num_nodes,
-            "failed_ptr": tree.failed,
+            **tree_pointers(tree),
             "nodes_ptr": nodes,
             "children_ptr": children,
             "scores_ptr": scores,
@@ -208,12 +201,18 @@ def insert_children(
             "CHILDREN": children.shape[1],
             "PATH": PATH,
             "BLOCK": triton.next_power_of_2(capacity),
-            "CHUNK": 64,
+            "CHUNK": max(4, min(64, 8192 // triton.next_power_of_2(children.numel()))),
             "BLOCK_ENTRIES": triton.next_power_of_2(children.numel()),
             "BLOCK_PATH": BLOCK_PATH,
         },
         num_warps=8,
     )
+
+
+def tree_pointers(tree: Tree) -> dict[str, torch.Tensor]:
+    """The columns of ``tree`` under the names that kernels give them."""
+    names = {"edge_scores": "edges"}
+    return {f"{names.get(name, name)}_ptr": column for name, column in tree._asdict().items()}
 
 
 def require_tree(tree: Tree) -> None:

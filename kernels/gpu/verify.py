@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import launch, require
-from kernels.gpu.tree import BLOCK_PATH, PATH, require_chain, require_progress, require_tree, sum_paths
+from kernels.gpu.tree import BLOCK_PATH, PATH, require_chain, require_progress, require_tree, sum_paths, tree_pointers
 from kernels.layout import EOS, LENGTH, MAX_STAGES, RECORD, Chain, Progress, Record, Tree
 
 _EMITTED, _STATE, _PROPOSED = tl.constexpr(Record.EMITTED), tl.constexpr(Record.STATE), tl.constexpr(Record.PROPOSED)
@@ -265,16 +265,7 @@ def verify_and_commit(
         _verify_kernel,
         (1,),
         {
-            "tokens_ptr": tree.tokens,
-            "parents_ptr": tree.parents,
-            "depths_ptr": tree.depths,
-            "edges_ptr": tree.edge_scores,
-            "path_scores_ptr": tree.path_scores,
-            "sources_ptr": tree.sources,
-            "scored_ptr": tree.scored,
-            "paths_ptr": tree.paths,
-            "num_nodes_ptr": tree.num_nodes,
-            "failed_ptr": tree.failed,
+            **tree_pointers(tree),
             "rows_ptr": rows,
             "drawn_ptr": drawn,
             "text_ptr": progress.text,
