@@ -1,4 +1,4 @@
-"""The command line: ``staged generate``, ``staged compare``."""
+"""The command line: ``staged generate``, ``staged compare``, and what makes stages."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from decoding import make
 from decoding.compare import DEMO_PROMPTS, HFGenerate, compare
 from decoding.config import METHODS
 from decoding.decoder import BUNDLED, StagedDecoder
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
     for command in (generate, comparison):
         _add_common(command)
+    make.add_commands(commands)
     return top
 
 

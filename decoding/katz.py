@@ -7,7 +7,6 @@ with Good-Turing discounts d(1..k). A row holds the m most probable successors o
 included, and the mass left over, so that drafting is one probe per node.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -214,24 +213,3 @@ def _check(table: SuccessorTable) -> None:
     for scores in (table.log_probs, table.log_rest):
         require(not scores.isnan().any(), "a log-probability is NaN or positive")
         require(float(scores.max()) <= 1e-3, "a log-probability is NaN or positive")
-
-
-def main() -> None:
-    from tokenizers import Tokenizer
-
-    from model import corpus
-
-    parser = argparse.ArgumentParser(description="Estimate a draft2 table from the installed Python source.")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with the oracle's tokenizer.json")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--contexts", type=int, default=65536)
-    flags = parser.parse_args()
-    tokenizer = Tokenizer.from_file(str(flags.tokenizer / "tokenizer.json"))
-    ids = corpus.encode(tokenizer, corpus.collect(corpus.default_roots()).train)
-    table = KatzTrigram(ids, tokenizer.get_vocab_size()).bake(flags.contexts)
-    save(table, flags.out, {"estimated_from": "installed Python source", "tokens": len(ids)})
-    print(f"{table.tokens.shape[0]} rows from {len(ids) / 1e6:.1f} M tokens in {flags.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,17 @@
-"""Training text: the Python source that an installed environment already holds.
+"""Training text from directories of source files: distinct files, their licences, a held-out part.
 
-Files are taken from the standard library and from named packages, exact duplicates are dropped, files whose lines
-mostly occur in files already taken are dropped too (near-repetition inflates acceptance figures), and a fixed share,
-chosen by a hash of the content, is held out. Nothing is downloaded and nothing is stored but token ids.
+Exact duplicates are dropped, files whose lines mostly occur in files already taken are dropped too (near-repetition
+inflates acceptance figures), and a fixed share, chosen by a hash of the content, is held out. Nothing is downloaded and
+nothing is stored but token ids. ``pip install --no-deps --target DIR PACKAGE...`` makes a directory of text whose
+licences are known.
 """
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import random
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,49 +19,91 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-# Licences of the default sources: standard library PSF-2.0; torch and numpy BSD-3-Clause; transformers Apache-2.0.
 DEFAULT_PACKAGES = ("torch", "transformers", "numpy")
-SKIPPED_PARTS = {"site-packages", "idlelib", "test", "tests", "lib2to3", "__pycache__"}
+SKIPPED_PARTS = {"idlelib", "test", "tests", "testing", "lib2to3", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder to read, and under which licence its files are."""
+
+    name: str
+    root: Path
+    licence: str = "unknown"
 
 
 @dataclass
 class Corpus:
-    """Distinct source files, split by content hash; order is shuffled with a fixed seed."""
+    """Distinct files, split by content hash, in an order shuffled with a fixed seed."""
 
     train: list[str] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)
+    taken: dict[str, list] = field(default_factory=dict)  # name -> [licence, files, bytes]
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(text) for text in self.train) + sum(len(text) for text in self.heldout)
+    def card(self) -> list[dict]:
+        """One JSON row per source: name, licence, files, bytes."""
+        return [
+            {"source": name, "licence": licence, "files": files, "bytes": size}
+            for name, (licence, files, size) in self.taken.items()
+        ]
 
 
-def default_roots(packages: tuple[str, ...] = DEFAULT_PACKAGES) -> list[Path]:
+def licence_of(distribution: importlib.metadata.Distribution) -> str:
+    """The licence that an installed package declares: SPDX expression, classifier or free text."""
+    metadata = distribution.metadata
+    classified = [line.split(" :: ")[-1] for line in metadata.get_all("Classifier", []) if line.startswith("License")]
+    declared = metadata.get("License-Expression") or " / ".join(classified) or metadata.get("License")
+    return declared.split("\n")[0] if declared else "unknown"
+
+
+def installed_sources(packages: tuple[str, ...] = DEFAULT_PACKAGES) -> list[Source]:
     """The standard library and the source folders of ``packages``. Raises ValueError for one that is not installed."""
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    sources = [Source("python standard library", Path(sysconfig.get_paths()["stdlib"]), "PSF-2.0")]
     for name in packages:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"package {name!r} is not installed, so its source cannot be trained on")
-        roots.append(Path(spec.submodule_search_locations[0]))
-    return roots
+        distribution = importlib.metadata.distribution(name)
+        sources.append(Source(name, Path(spec.submodule_search_locations[0]), licence_of(distribution)))
+    return sources
 
 
-def python_files(root: Path) -> list[Path]:
-    """All ``.py`` files below ``root`` in a stable order, without tests and nested environments."""
-    inside = (path for path in root.rglob("*.py"))
+def directory_sources(directory: Path) -> list[Source]:
+    """What lies in ``directory``: packages that pip put there, each with its licence, or else the folder itself.
+
+    Raises ValueError if it is no directory.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"no directory of training text at {directory}")
+    sources = {}
+    for distribution in importlib.metadata.distributions(path=[str(directory)]):
+        name = f"{distribution.name} {distribution.version}"
+        tops = {file.parts[0] for file in distribution.files or () if file.suffix == ".py"}
+        for top in tops - SKIPPED_PARTS - {"..", "bin"}:
+            sources[top] = Source(name, directory / top, licence_of(distribution))
+    return [sources[top] for top in sorted(sources)] or [Source(directory.name, directory)]
+
+
+def text_files(root: Path, suffix: str) -> list[Path]:
+    """``root`` itself or all files below it that end in ``suffix``, in a stable order, without tests."""
+    if root.is_file():
+        return [root]
+    inside = (path for path in root.rglob(f"*{suffix}") if "site-packages" not in path.relative_to(root).parts)
     return sorted(path for path in inside if not SKIPPED_PARTS & set(path.relative_to(root).parts[:-1]))
 
 
-def collect(roots: list[Path], max_file_bytes: int = 200_000, max_repeated: float = 0.4) -> Corpus:
-    """Read every root's Python files.
+def collect(
+    sources: Iterable[Source], suffix: str = ".py", max_file_bytes: int = 200_000, max_repeated: float = 0.4
+) -> Corpus:
+    """Read the files of every source.
 
     A file is left out when it is larger than ``max_file_bytes`` (tables, generated code), not UTF-8, or when more
     than ``max_repeated`` of its lines of at least 12 characters occurred in earlier files. One in 50 is held out.
+    Raises ValueError if nothing is left.
     """
     corpus, seen_files, seen_lines = Corpus(), set(), set()
-    for root in roots:
-        for path in python_files(root):
+    for source in sources:
+        for path in text_files(source.root, suffix):
             raw = path.read_bytes()
             digest = hashlib.sha256(raw).digest()
             if len(raw) > max_file_bytes or digest in seen_files:
@@ -73,6 +118,11 @@ def collect(roots: list[Path], max_file_bytes: int = 200_000, max_repeated: floa
                 continue
             seen_lines.update(lines)
             (corpus.heldout if digest[0] % 50 == 0 else corpus.train).append(text)
+            counts = corpus.taken.setdefault(source.name, [source.licence, 0, 0])
+            counts[1] += 1
+            counts[2] += len(raw)
+    if not corpus.train or not corpus.heldout:
+        raise ValueError(f"{len(corpus.train)} files to train on and {len(corpus.heldout)} held out: too little text")
     random.Random(0).shuffle(corpus.train)
     return corpus
 

@@ -57,14 +57,15 @@ def _operations(backend: str, device: torch.device) -> ModuleType:
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
-        return torch.bfloat16 if _bfloat16_is_fast(device) else torch.float32
+        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
     named = DTYPES.get(str(dtype).removeprefix("torch."))
     if named is None:
         raise ValueError(f"dtype must be 'auto' or one of {sorted(DTYPES)}, got {dtype!r}")
     return named
 
 
-def _bfloat16_is_fast(device: torch.device) -> bool:
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the device has matrix or dot-product instructions for bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

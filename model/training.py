@@ -1,46 +1,47 @@
-"""Train a small GPT-2 on Python source within a time budget, optionally distilled from a larger one.
-
-    python -m model.training --out DIR --layers 6 --width 256 --minutes 45                  # tokenizer and oracle
-    python -m model.training --out DIR --layers 2 --width 128 --minutes 20 --teacher ORACLE  # draft
+"""Train a GPT-2 on text within a budget, optionally distilled from a larger one; a killed run goes on where it was.
 
 The module trains transformers' ``GPT2LMHeadModel`` (a well-kept library is better than our own backward pass) and
-writes what ``save_pretrained`` writes. Hidden matrices are updated by Muon, everything else by AdamW. The first part of
-the budget uses short windows at random positions, so that every position embedding is trained while attention is cheap;
-the last part uses windows of the full context.
+writes what ``save_pretrained`` writes. Hidden matrices are updated by Muon, everything else by AdamW. Most of the
+budget uses short windows at random positions, so that every position embedding is trained while attention is cheap; the
+last part uses windows of the full context. The learning rate warms up, stays, and decays in the last part, so that a
+run can be given more time later: it then goes on from where the decay began.
+
+Commands: ``staged train-oracle``, ``staged train-draft``.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import corpus
+from model.runtime import bfloat16_is_fast
+
+LATEST, STABLE = "checkpoint.pt", "checkpoint_before_decay.pt"
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Flags of the command line carry the same names. Lengths in tokens, ``minutes`` of wall time."""
+    """Flags of the command line carry the same names. Lengths in tokens; shares are of the budget, at its end."""
 
-    layers: int = 6
-    width: int = 256
+    layers: int = 7
+    width: int = 384
     vocab_size: int = 8192
     context: int = 1024
-    minutes: float = 30.0
+    minutes: float = 30.0  # of training, pauses not counted
+    steps: int = 0  # exactly as many instead, if not 0
     tokens_per_step: int = 4096
     short_window: int = 256
-    full_window_share: float = 0.25
+    full_window_share: float = 0.15
     learning_rate: float = 3e-3
-    warmup_share: float = 0.03
+    warmup_steps: int = 40
     decay_share: float = 0.45
-    teacher_share: float = 0.4  # of the budget, at its end; before that a student learns from the text alone
+    teacher_share: float = 0.4  # before that a student learns from the text alone, many times as fast
     seed: int = 0
 
 
@@ -68,31 +69,49 @@ def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim
     """Muon for the matrices of the blocks, AdamW for embeddings, biases and norms."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or ".h." not in name]
+    fused = model.device.type == "cuda"
     return [
         torch.optim.Muon(hidden, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused),
     ]
 
 
-def rate_at(progress: float, config: TrainingConfig) -> float:
-    """Factor of the learning rate at ``progress`` in [0, 1]: linear warm-up, constant, linear decay to a fiftieth."""
-    if progress < config.warmup_share:
-        return max(progress / config.warmup_share, 0.01)
-    return min(1.0, max((1.0 - progress) / config.decay_share, 0.02))
+def windows(ids: np.ndarray, length: int, first: int, count: int, seed: int) -> torch.Tensor:
+    """Windows ``first`` to ``first + count`` of an endless shuffle of ``ids`` cut to pieces: int64 [count, length].
+
+    Every piece comes once before any comes twice; each time the cuts are elsewhere.
+    """
+    num_windows = (len(ids) - length) // length
+    if num_windows < 1:
+        raise ValueError(f"{len(ids)} tokens of text are too few for windows of {length}")
+    rows = []
+    for index in range(first, first + count):
+        epoch, place = divmod(index, num_windows)
+        order, shift = _shuffle(num_windows, length, seed, epoch)
+        start = order[place] * length + shift
+        rows.append(ids[start : start + length])
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def windows(ids: np.ndarray, length: int, count: int, rng: np.random.Generator) -> torch.Tensor:
-    """``count`` random windows of ``ids``: int64 [count, length]."""
-    starts = rng.integers(0, len(ids) - length, size=count)
-    return torch.from_numpy(np.stack([ids[s : s + length] for s in starts]).astype(np.int64))
+@lru_cache(maxsize=4)
+def _shuffle(num_windows: int, length: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
+    rng = np.random.default_rng([seed, length, epoch])
+    return rng.permutation(num_windows), int(rng.integers(length))
 
 
 def loss_of(
-    model: GPT2LMHeadModel, tokens: torch.Tensor, offset: torch.Tensor, teacher: GPT2LMHeadModel | None
+    model: GPT2LMHeadModel,
+    tokens: torch.Tensor,  # [rows, length]
+    offset: torch.Tensor,  # of the first position
+    teacher: GPT2LMHeadModel | None,
+    half: bool,
 ) -> torch.Tensor:
-    """Mean next-token loss in nats; with a teacher, the mean cross-entropy against the teacher's law."""
+    """Mean next-token loss in nats; with a teacher, the mean cross-entropy against the teacher's law.
+
+    ``half``: products in bfloat16, as autocast does.
+    """
     positions = offset + torch.arange(tokens.shape[1], device=tokens.device)[None]
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=half):
         logits = model(tokens, position_ids=positions, use_cache=False).logits[:, :-1]
         if teacher is None:
             return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
@@ -104,100 +123,145 @@ def loss_of(
 @torch.no_grad()
 def heldout_loss(model: GPT2LMHeadModel, ids: np.ndarray, context: int, num_windows: int = 24) -> float:
     """Nats per token over evenly spaced windows of the held-out text, predictions at all positions of the context."""
-    starts = np.linspace(0, len(ids) - context - 1, num_windows).astype(int)
-    losses = []
+    starts = np.linspace(0, len(ids) - context, num_windows).astype(int)
+    half, losses = bfloat16_is_fast(model.device), []
     for start in starts:
         tokens = torch.from_numpy(ids[start : start + context].astype(np.int64))[None]
-        losses.append(loss_of(model, tokens.to(model.device), torch.tensor(0), None).item())
+        losses.append(loss_of(model, tokens.to(model.device), torch.tensor(0), None, half).item())
     return sum(losses) / len(losses)
 
 
-def train(
-    config: TrainingConfig,
-    ids: np.ndarray,
-    heldout: np.ndarray,
-    teacher: GPT2LMHeadModel | None = None,
-    compiled: bool = True,
-) -> Iterator[tuple[GPT2LMHeadModel, dict]]:
-    """Train until the budget is spent; yields (model, progress row) about twice a minute and at the end.
+class Trainer:
+    """A run of training: model, optimisers, and what a checkpoint must hold besides.
 
-    The row's ``loss`` is the training loss since the last one; ``heldout_loss`` is always the next-token loss. With a
-    teacher, the last ``teacher_share`` of the budget minimises the cross-entropy against its law: the first part
-    sees several times as many tokens in the same time. ``compiled`` needs a C++ compiler and is 1.3 times as fast on
-    a CPU.
+    Which text a step sees follows from the state alone, so a run that is killed and resumed repeats the same losses
+    when its length is given in ``steps`` (with a budget in minutes, the schedule follows the clock).
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(config).to(device).train()
-    steps = optimizers(model, config.learning_rate)
-    step_loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-    if teacher is not None:
-        teacher = teacher.to(device).eval()
-    rng = np.random.default_rng(config.seed)
-    start = last = time.monotonic()
-    tokens_seen, recent = 0, []
-    while (progress := (time.monotonic() - start) / (60 * config.minutes)) < 1.0:
-        full = progress > 1.0 - config.full_window_share
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        ids: np.ndarray,
+        teacher: GPT2LMHeadModel | None = None,
+        compiled: bool = True,
+    ) -> None:
+        """``ids``: uint16 [tokens]. ``compiled`` needs a C++ compiler and is 1.3 times as fast on a CPU."""
+        self.config, self.ids = config, ids
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = build(config).to(self.device).train()
+        self.teacher = teacher.to(self.device).eval() if teacher is not None else None
+        self.optimizers = optimizers(self.model, config.learning_rate)
+        self.half = bfloat16_is_fast(self.device)
+        self.loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.taken = {config.short_window: 0, config.context: 0}  # windows of each length
+        self.log: list[dict] = []
+
+    @property
+    def progress(self) -> float:
+        """Spent share of the budget, 1 at its end."""
+        if self.config.steps:
+            return min(1.0, self.step / self.config.steps)
+        return min(1.0, self.seconds / (60 * self.config.minutes))
+
+    @property
+    def decaying(self) -> bool:
+        return self.progress > 1.0 - self.config.decay_share
+
+    def rate(self) -> float:
+        """Factor of the learning rate: linear warm-up, constant, linear decay to a fiftieth."""
+        warm = min(1.0, (self.step + 1) / self.config.warmup_steps)
+        return warm * min(1.0, max((1.0 - self.progress) / self.config.decay_share, 0.02))
+
+    def train_step(self) -> float:
+        """One update of all weights; returns its loss."""
+        start, config = time.monotonic(), self.config
+        rng = np.random.default_rng([config.seed, self.step])
+        full = self.progress > 1.0 - config.full_window_share
         length = config.context if full else config.short_window
-        batch = windows(ids, length, config.tokens_per_step // length, rng).to(device)
-        offset = 0 if full else int(rng.integers(0, config.context - length + 1))
-        guide = teacher if progress > 1.0 - config.teacher_share else None
-        loss = step_loss(model, batch, torch.tensor(offset), guide)
+        count = config.tokens_per_step // length
+        batch = windows(self.ids, length, self.taken[length], count, config.seed).to(self.device)
+        offset = torch.tensor(int(rng.integers(0, config.context - length + 1)))
+        guide = self.teacher if self.progress > 1.0 - config.teacher_share else None
+        loss = self.loss(self.model, batch, offset, guide, self.half)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in steps:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate_at(progress, config)
+                group["lr"] = config.learning_rate * self.rate()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        tokens_seen += batch.numel()
-        recent.append(loss.item())
-        if time.monotonic() - last > 30:
-            last = time.monotonic()
-            yield model, _row(start, tokens_seen, sum(recent) / len(recent))
-            recent = []
-    final = _row(start, tokens_seen, sum(recent) / max(1, len(recent)))
-    yield model, final | {"heldout_loss": heldout_loss(model.eval(), heldout, config.context)}
+        self.taken[length] += count
+        self.step += 1
+        self.tokens += batch.numel()
+        value = loss.item()
+        self.seconds += time.monotonic() - start
+        return value
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint; a kill in the middle leaves the one before."""
+        state = {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            **{name: getattr(self, name) for name in ("step", "tokens", "seconds", "taken", "log")},
+        }
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        unfinished.replace(path)
+
+    def resume(self, out: Path) -> bool:
+        """Go on from the checkpoint in ``out``; from before its decay if the budget has grown since. False: none.
+
+        Raises ValueError if it was made under another configuration (the budget aside).
+        """
+        if not (out / LATEST).exists():
+            return False
+        state = self._read(out / LATEST)
+        budget = {name: state["config"][name] for name in ("minutes", "steps")}
+        if budget != {name: getattr(self.config, name) for name in budget} and (out / STABLE).exists():
+            state = self._read(out / STABLE)
+        for name, value in asdict(self.config).items():
+            if name not in budget and state["config"][name] != value:
+                raise ValueError(f"{out} holds a run with {name} {state['config'][name]}, not {value}")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for name in ("step", "tokens", "seconds", "taken", "log"):
+            setattr(self, name, state[name])
+        return True
+
+    def _read(self, path: Path) -> dict:
+        return torch.load(path, map_location=self.device, weights_only=True)
 
 
-def _row(start: float, tokens_seen: int, loss: float) -> dict:
-    seconds = time.monotonic() - start
-    return {"seconds": round(seconds), "tokens": tokens_seen, "loss": round(loss, 4)}
+def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: float = 3.0) -> Iterator[dict]:
+    """Train until the budget is spent; yields a row after every step, with ``heldout_loss`` where that was measured.
 
-
-def load_tokens(out: Path, tokenizer_dir: Path | None, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenizer (trained here, or the teacher's) written to ``out``; returns (training ids, held-out ids)."""
-    texts = corpus.collect(corpus.default_roots())
-    if tokenizer_dir is None:
-        tokenizer = corpus.train_tokenizer(texts.train, vocab_size)
-    else:
-        tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    end = corpus.END_OF_TEXT
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(out)
-    return corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--teacher", type=Path, help="directory of the model to distil from; its tokenizer is used")
-    parser.add_argument("--no-compile", action="store_true", help="do not compile: slower, needs no C++ compiler")
-    for name, default in asdict(TrainingConfig()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    flags = vars(parser.parse_args())
-    out, teacher_dir, compiled = flags.pop("out"), flags.pop("teacher"), not flags.pop("no_compile")
-    config = TrainingConfig(**flags)
-    ids, heldout = load_tokens(out, teacher_dir, config.vocab_size)
-    print(f"{len(ids) / 1e6:.1f} M training tokens, {len(heldout) / 1e6:.2f} M held out", flush=True)
-    teacher = GPT2LMHeadModel.from_pretrained(teacher_dir) if teacher_dir else None
-    log = []
-    for model, row in train(config, ids, heldout, teacher, compiled):
-        log.append(row)
-        print(json.dumps(row), flush=True)
-        if len(log) % 10 == 0 or "heldout_loss" in row:
-            model.save_pretrained(out)
-    card = {"config": asdict(config), "teacher": teacher_dir.name if teacher_dir else None, "log": log}
-    (out / "training.json").write_text(json.dumps(card, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    Checkpoints go to ``out``, one more just before the learning rate decays. Rows: step, progress, seconds, tokens,
+    loss (of this step), tokens_per_second (since the last row with a checkpoint).
+    """
+    since, saved = (trainer.seconds, trainer.tokens), time.monotonic()
+    while trainer.progress < 1.0:
+        stable = not trainer.decaying
+        loss = trainer.train_step()
+        if stable and trainer.decaying:
+            trainer.save(out / STABLE)
+        row = {
+            "step": trainer.step,
+            "progress": round(trainer.progress, 4),
+            "seconds": round(trainer.seconds),
+            "tokens": trainer.tokens,
+            "loss": round(loss, 4),
+            "tokens_per_second": round((trainer.tokens - since[1]) / (trainer.seconds - since[0])),
+        }
+        done = trainer.progress >= 1.0
+        if done or time.monotonic() - saved > 60 * checkpoint_minutes:
+            row["heldout_loss"] = round(heldout_loss(trainer.model.eval(), heldout, trainer.config.context), 4)
+            trainer.model.train()
+        if "heldout_loss" in row or trainer.step % 20 == 0:
+            trainer.log.append(row)
+        if "heldout_loss" in row:
+            trainer.save(out / LATEST)
+            since, saved = (trainer.seconds, trainer.tokens), time.monotonic()
+        yield row

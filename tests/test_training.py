@@ -1,10 +1,14 @@
 """The code that made the bundled models: what becomes training text, and that training learns, in miniature."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model import corpus, training
 
@@ -28,23 +32,52 @@ def test_duplicates_near_repetitions_and_tests_are_left_out(tmp_path):
     """Of a file, its copy, a file that mostly repeats it and a file of tests, only the first is read."""
     root = write(tmp_path / "a", one=BODY, copy=BODY, near=BODY + "\nprint('a line of its own')\n")
     write(root / "tests", test_one=source("another"))
-    write(tmp_path / "b", other=source("different"), large="x = 1  # comment\n" * 20000)
-    texts = corpus.collect([root, tmp_path / "b"])
-    assert sorted(texts.train + texts.heldout) == sorted([BODY, source("different")])
+    write(tmp_path / "b", other=source("name_11"), large="x = 1  # comment\n" * 20000)
+    texts = corpus.collect([corpus.Source("a", root, "MIT"), corpus.Source("b", tmp_path / "b")])
+    assert texts.train == [BODY] and texts.heldout == [source("name_11")]
+    assert texts.card() == [
+        {"source": "a", "licence": "MIT", "files": 1, "bytes": len(BODY)},
+        {"source": "b", "licence": "unknown", "files": 1, "bytes": len(source("name_11"))},
+    ]
 
 
 def test_held_out_files_depend_on_content_alone(tmp_path):
     """About one file in 50 is held out, the same ones wherever they lie."""
     files = {f"file_{i}": source(f"name_{i}") for i in range(300)}
-    one = corpus.collect([write(tmp_path / "one", **files)])
-    other = corpus.collect([write(tmp_path / "other", **{f"moved_{name}": text for name, text in files.items()})])
+    folders = write(tmp_path / "one", **files), write(tmp_path / "two", **{f"moved_{k}": v for k, v in files.items()})
+    one, other = (corpus.collect(corpus.directory_sources(folder)) for folder in folders)
     assert sorted(one.heldout) == sorted(other.heldout) and 1 <= len(one.heldout) <= 20
     assert not set(one.train) & set(one.heldout)
 
 
+def test_too_little_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="0 files to train on and 0 held out"):
+        corpus.collect([corpus.Source("empty", tmp_path)])
+    with pytest.raises(ValueError, match="no directory of training text at"):
+        corpus.directory_sources(tmp_path / "absent")
+
+
 def test_an_absent_package_is_refused():
     with pytest.raises(ValueError, match="'no_such_package' is not installed"):
-        corpus.default_roots(("no_such_package",))
+        corpus.installed_sources(("no_such_package",))
+
+
+def test_packages_that_pip_put_into_a_directory_carry_their_licences(tmp_path):
+    """Two packages with metadata and a script outside: each is a source with the licence it declares."""
+    for name, licence in (
+        ("one", "License-Expression: MIT"),
+        ("two", "Classifier: License :: OSI Approved :: BSD License"),
+    ):
+        write(tmp_path / name, code=source(name))
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\n{licence}\n")
+        (info / "RECORD").write_text(f"{name}/code.py,,\n../../bin/tool.py,,\n")
+    sources = corpus.directory_sources(tmp_path)
+    assert [(source.name, source.root, source.licence) for source in sources] == [
+        ("one 1.0", tmp_path / "one", "MIT"),
+        ("two 1.0", tmp_path / "two", "BSD License"),
+    ]
 
 
 def test_tokenizer_round_trip_and_document_borders():
@@ -56,7 +89,7 @@ def test_tokenizer_round_trip_and_document_borders():
 
 
 CONFIG = training.TrainingConfig(
-    layers=1, width=64, vocab_size=50, context=64, minutes=0.08, tokens_per_step=256, short_window=16
+    layers=1, width=64, vocab_size=50, context=64, steps=60, tokens_per_step=256, short_window=16, warmup_steps=5
 )
 
 
@@ -66,23 +99,92 @@ def periodic_ids(seed: int) -> np.ndarray:
     return np.concatenate([np.tile(cycle, 40) for cycle in cycles]).astype(np.uint16)
 
 
-def test_training_learns_and_a_student_follows_its_teacher():
-    """Within five seconds the loss falls far below that of guessing; so does a student's that sees the teacher only."""
+def run(trainer: training.Trainer, out) -> list[dict]:
+    out.mkdir(exist_ok=True)
+    return list(training.train(trainer, trainer.ids, out))
+
+
+def test_training_learns_and_a_student_follows_its_teacher(tmp_path):
+    """The loss falls far below that of guessing; so does a student's that sees its teacher's law alone."""
     ids = periodic_ids(0)
-    *_, (teacher, row) = training.train(CONFIG, ids, ids, compiled=False)
-    guessing = float(np.log(50))
-    assert row["heldout_loss"] < 0.5 * guessing and row["tokens"] > 0
-    *_, (_, student_row) = training.train(replace(CONFIG, teacher_share=1.0), ids, ids, teacher, compiled=False)
-    assert student_row["heldout_loss"] < 0.6 * guessing
+    teacher = training.Trainer(CONFIG, ids, compiled=False)
+    *_, row = run(teacher, tmp_path / "teacher")
+    assert row["heldout_loss"] < 0.5 * np.log(50) and row["tokens"] == 60 * 256
+    student = training.Trainer(replace(CONFIG, teacher_share=1.0, seed=1), ids, teacher.model, compiled=False)
+    *_, row = run(student, tmp_path / "student")
+    assert row["heldout_loss"] < 0.6 * np.log(50)
 
 
-def test_learning_rate_warms_up_and_decays():
-    rates = [training.rate_at(progress, CONFIG) for progress in np.linspace(0, 1, 101)]
-    assert rates[0] < 0.1 and max(rates) == 1.0 and rates[-1] == pytest.approx(0.02)
-    assert all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False))
+def test_the_budget_in_minutes_ends_a_run(tmp_path):
+    trainer = training.Trainer(replace(CONFIG, steps=0, minutes=0.02), periodic_ids(0), compiled=False)
+    rows = run(trainer, tmp_path / "out")
+    assert 1.2 <= trainer.seconds < 6 and rows[-1]["progress"] == 1.0 and len(rows) == trainer.step > 3
 
 
-def test_windows_are_cut_from_the_text():
+def test_learning_rate_warms_up_stays_and_decays():
+    trainer = training.Trainer(replace(CONFIG, steps=100), periodic_ids(0), compiled=False)
+    rates = []
+    for trainer.step in range(101):
+        rates.append(trainer.rate())
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[-1] == pytest.approx(0.02)
+    assert all(rate == 1.0 for rate in rates[5:55]) and all(
+        a > b for a, b in zip(rates[56:99], rates[57:], strict=False)
+    )
+
+
+def test_windows_come_once_an_epoch_and_are_cut_elsewhere_each_time():
     ids = np.arange(1000, dtype=np.uint16)
-    batch = training.windows(ids, 16, 8, np.random.default_rng(0))
-    assert batch.shape == (8, 16) and torch.equal(batch - batch[:, :1], torch.arange(16).expand(8, 16))
+    epochs = [training.windows(ids, 16, epoch * 61, 61, seed=0) for epoch in range(2)]
+    for epoch in epochs:
+        assert torch.equal(epoch - epoch[:, :1], torch.arange(16).expand(61, 16))
+        assert len(epoch[:, 0].unique()) == 61 and len(epoch.unique()) == 61 * 16
+    assert not torch.equal(*epochs)
+    assert torch.equal(training.windows(ids, 16, 50, 30, seed=0), torch.cat(epochs)[50:80])
+    with pytest.raises(ValueError, match="20 tokens of text are too few for windows of 16"):
+        training.windows(ids[:20], 16, 0, 1, seed=0)
+
+
+def test_a_resumed_run_repeats_the_losses(tmp_path):
+    """Stopped after 25 of 60 steps and resumed by a fresh trainer: the losses and weights of a run in one go."""
+    ids = periodic_ids(0)
+    whole = training.Trainer(CONFIG, ids, compiled=False)
+    losses = [row["loss"] for row in run(whole, tmp_path / "whole")]
+    part = training.Trainer(CONFIG, ids, compiled=False)
+    first = [round(part.train_step(), 4) for _ in range(25)]
+    part.save(tmp_path / training.LATEST)
+    resumed = training.Trainer(CONFIG, ids, compiled=False)
+    assert resumed.resume(tmp_path) and resumed.step == 25 and resumed.tokens == 25 * 256
+    assert first + [row["loss"] for row in run(resumed, tmp_path)] == losses
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_larger_budget_goes_on_from_before_the_decay(tmp_path):
+    ids = periodic_ids(0)
+    run(training.Trainer(CONFIG, ids, compiled=False), tmp_path)
+    same, longer = (training.Trainer(replace(CONFIG, steps=steps), ids, compiled=False) for steps in (60, 90))
+    assert same.resume(tmp_path) and same.step == 60
+    assert longer.resume(tmp_path) and longer.step == 34  # the first of the decay (0.45 of 60) comes next
+    other = training.Trainer(replace(CONFIG, learning_rate=1e-3), ids, compiled=False)
+    with pytest.raises(ValueError, match="learning_rate 0.003, not 0.001"):
+        other.resume(tmp_path)
+
+
+def test_the_command_survives_a_kill_at_any_moment(tmp_path):
+    """``train-oracle``, killed while it runs and started again, ends with the weights of an undisturbed run."""
+    write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
+    sizes = "--layers 1 --width 64 --vocab-size 300 --context 64 --short-window 16 --tokens-per-step 256 --steps 40"
+    command = [sys.executable, "-m", "decoding", "train-oracle", "--data", str(tmp_path / "text"), "--no-compile"]
+    command += [*sizes.split(), "--checkpoint-minutes", "0", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=300)
+    killed = tmp_path / "killed"
+    with subprocess.Popen([*command, str(killed)], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "step 12 " in line:
+                process.kill()
+    ended = subprocess.run([*command, str(killed)], check=True, capture_output=True, text=True, timeout=300)
+    assert "goes on after step" in ended.stdout
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    card = json.loads((killed / "training.json").read_text())
+    assert card["sources"][0]["files"] == 120 and card["log"][-1]["progress"] == 1.0

@@ -1,0 +1,160 @@
+"""Commands that make stages: ``staged train-oracle``, ``staged train-draft``, ``staged build-draft2``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from tokenizers import Tokenizer
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from decoding import katz
+from model import corpus, training
+
+TOKENS, SOURCES, CARD = "tokens.npz", "sources.json", "training.json"
+DRAFT_DEFAULTS = {"layers": 2, "width": 128, "minutes": 20.0}
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """The three commands, each with a flag for every field of ``TrainingConfig`` that serves it."""
+    oracle = commands.add_parser("train-oracle", help="train a GPT-2 on directories of text")
+    oracle.add_argument("--tokenizer", type=Path, help="directory with a tokenizer.json; without it one is trained")
+    _add_training(oracle, {})
+    oracle.set_defaults(run=train_oracle)
+
+    draft = commands.add_parser("train-draft", help="train a small GPT-2, distilled from an oracle")
+    draft.add_argument("--oracle", type=Path, required=True, help="directory of the oracle; its tokenizer is used")
+    _add_training(draft, DRAFT_DEFAULTS)
+    draft.set_defaults(run=train_draft)
+
+    draft2 = commands.add_parser("build-draft2", help="estimate a Katz trigram table")
+    draft2.add_argument("--tokenizer", type=Path, required=True, help="directory with the oracle's tokenizer.json")
+    draft2.add_argument("--contexts", type=int, default=65536, help="pairs of tokens that get a row of their own")
+    _add_text(draft2)
+    draft2.set_defaults(run=build_draft2)
+
+
+def _add_text(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, required=True, help="directory to write")
+    command.add_argument(
+        "--data",
+        action="append",
+        metavar="DIR",
+        help="directory of text, or 'installed': Python source beside the interpreter (default); may be repeated",
+    )
+    command.add_argument("--suffix", default=".py", help="of the files that are read (default: .py)")
+
+
+def _add_training(command: argparse.ArgumentParser, defaults: dict) -> None:
+    _add_text(command)
+    command.add_argument(
+        "--checkpoint-minutes", type=float, default=3.0, help="between checkpoints, from which a killed run goes on"
+    )
+    command.add_argument("--no-compile", action="store_true", help="do not compile: slower, needs no C++ compiler")
+    for field in fields(training.TrainingConfig):
+        default = defaults.get(field.name, field.default)
+        flag = f"--{field.name.replace('_', '-')}"
+        command.add_argument(flag, type=type(default), default=default, help=f"default: {default}")
+
+
+def read_corpus(data: list[str] | None, suffix: str) -> corpus.Corpus:
+    """What lies in the directories ``data``; 'installed' is the installed Python source."""
+    sources = []
+    for name in data or ["installed"]:
+        sources += corpus.installed_sources() if name == "installed" else corpus.directory_sources(Path(name))
+    return corpus.collect(sources, suffix)
+
+
+def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids to train on and held out, uint16; written to ``flags.out`` and read from there when a run resumes."""
+    stored = flags.out / TOKENS
+    if stored.exists():
+        with np.load(stored) as arrays:
+            return arrays["train"], arrays["heldout"]
+    texts = read_corpus(flags.data, flags.suffix)
+    if tokenizer_dir is None:
+        tokenizer = corpus.train_tokenizer(texts.train, flags.vocab_size)
+    else:
+        tokenizer = _tokenizer(tokenizer_dir)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    end = corpus.END_OF_TEXT
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(flags.out)
+    train, heldout = corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
+    (flags.out / SOURCES).write_text(json.dumps(texts.card(), indent=1) + "\n")
+    np.savez(flags.out / TOKENS, train=train, heldout=heldout)
+    return train, heldout
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    if not (directory / "tokenizer.json").is_file():
+        raise ValueError(f"no tokenizer.json in {directory}")
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+def train_oracle(flags: argparse.Namespace) -> None:
+    _train(flags, flags.tokenizer, None)
+
+
+def train_draft(flags: argparse.Namespace) -> None:
+    if not (flags.oracle / "config.json").is_file():
+        raise ValueError(f"no trained oracle in {flags.oracle}")
+    _train(flags, flags.oracle, GPT2LMHeadModel.from_pretrained(flags.oracle))
+
+
+def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2LMHeadModel | None) -> None:
+    names = [field.name for field in fields(training.TrainingConfig)]
+    ids, heldout = prepare(flags, tokenizer_dir)
+    vocab_size = _tokenizer(flags.out).get_vocab_size()
+    config = training.TrainingConfig(**{name: getattr(flags, name) for name in names} | {"vocab_size": vocab_size})
+    trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile)
+    console = Console(highlight=False, soft_wrap=True)
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    console.print(f"{num_parameters / 1e6:.1f} M parameters, {len(ids) / 1e6:.1f} M tokens of text", end=", ")
+    console.print(f"{len(heldout) / 1e6:.2f} M held out, on {trainer.device}")
+    if trainer.resume(flags.out):
+        console.print(f"goes on after step {trainer.step}, {trainer.progress:.0%} of the budget")
+    for row in report(console, training.train(trainer, heldout, flags.out, flags.checkpoint_minutes)):
+        if "heldout_loss" in row:
+            trainer.model.save_pretrained(flags.out)
+            _write_card(flags, trainer, num_parameters)
+
+
+def report(console: Console, rows: Iterator[dict]) -> Iterator[dict]:
+    """Pass rows on; print one now and then: progress, time left, losses, rate."""
+    losses, printed = [], 0
+    for row in rows:
+        losses.append(row["loss"])
+        if row["seconds"] - printed >= 10 or "heldout_loss" in row:
+            left = row["seconds"] * (1 / max(row["progress"], 1e-4) - 1)
+            held = f", held out {row['heldout_loss']:.3f}" if "heldout_loss" in row else ""
+            console.print(
+                f"{row['progress']:6.1%}  {left / 60:5.1f} min left  step {row['step']}  "
+                f"loss {sum(losses) / len(losses):.3f}{held}  {row['tokens_per_second']} tokens/s"
+            )
+            losses, printed = [], row["seconds"]
+        yield row
+
+
+def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parameters: int) -> None:
+    card = {
+        "command": "staged " + " ".join(sys.argv[1:]),
+        "config": asdict(trainer.config),
+        "parameters": num_parameters,
+        "text_tokens": len(trainer.ids),
+        "teacher": flags.oracle.name if trainer.teacher is not None else None,
+        "sources": json.loads((flags.out / SOURCES).read_text()),
+        "log": [row for row in trainer.log if "heldout_loss" in row or row["step"] % 100 == 0],
+    }
+    (flags.out / CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+
+def build_draft2(flags: argparse.Namespace) -> None:
+    tokenizer = _tokenizer(flags.tokenizer)
+    ids = corpus.encode(tokenizer, read_corpus(flags.data, flags.suffix).train)
+    table = katz.KatzTrigram(ids, tokenizer.get_vocab_size()).bake(flags.contexts)
+    katz.save(table, flags.out, {"estimated_from": "text", "tokens": len(ids)})
+    print(f"{table.tokens.shape[0]} rows from {len(ids) / 1e6:.1f} M tokens in {flags.out}")
