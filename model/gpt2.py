@@ -26,7 +26,7 @@ class GPT2:
     """A GPT-2 whose every operation comes from ``ops`` (``kernels.reference`` or its Triton counterpart)."""
 
     def __init__(self, config: GPT2Config, weights: GPT2Weights, ops: ModuleType):
-        self.config, self.weights, self.ops = config, weights, ops
+        self.config, self.weights, self.ops = config, weights.map_matrices(ops.packed), ops
         self.dtype, self.device = weights.wte.dtype, weights.wte.device
 
     def new_cache(self, num_pages: int, page_size: int = 1, num_sequences: int = 1) -> PagedKVCache:

@@ -1,7 +1,7 @@
 """Load GPT-2 weights: a directory that ``save_pretrained`` wrote, a hub id, or a model in memory. Strict by design."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,15 @@ class GPT2Weights:
     ln_f_weight: torch.Tensor  # [C]
     ln_f_bias: torch.Tensor  # [C]
     lm_head: torch.Tensor  # [V, C], wte itself where the head is tied
+
+    def map_matrices(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "GPT2Weights":
+        """These weights with ``function`` applied to every matrix of a linear layer; the embeddings stay."""
+
+        def mapped(layer: Layer) -> Layer:
+            matrices = {name: function(tensor) for name, tensor in vars(layer).items() if tensor.ndim == 2}
+            return replace(layer, **matrices)
+
+        return replace(self, layers=tuple(map(mapped, self.layers)), lm_head=function(self.lm_head))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from (self.wte, self.wpe, self.ln_f_weight, self.ln_f_bias)

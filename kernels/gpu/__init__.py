@@ -19,6 +19,11 @@ def state_device(device: torch.device) -> torch.device:
     return device
 
 
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` as the linear layers read it fastest: as it is."""
+    return weight
+
+
 __all__ = [
     "PREFILL_ROWS",
     "draw",
@@ -35,6 +40,7 @@ __all__ = [
     "new_progress",
     "new_recent",
     "new_tree",
+    "packed",
     "route",
     "select_nodes",
     "stage_rows",

@@ -6,7 +6,6 @@ has a fixed width and order, and element-wise functions whose vector tails diffe
 pieces without tails. Dimension letters are explained in ``model/config.py``.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,10 +19,22 @@ PREFILL_ROWS = 128  # rows of one pass of a long prompt: bounds the memory it ta
 _TAIL_ROWS = 4  # the tail's batched products run on a multiple of this many rows, so never on a batch of one
 _DEAD = float("-inf")
 _ACTIVATIONS = {
-    None: None,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
 }
+_FUSED = {None: ("none", [], ""), "gelu_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}  # names of oneDNN
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` [M, C] as linear layers read it fastest: in oneDNN's own layout for ROW_BLOCK rows, where it has one.
+
+    The sums are taken in another order than with the plain weight, the same for every row.
+    """
+    if weight.is_mkldnn or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return weight
+    onednn = torch.ops.mkldnn
+    supported = {torch.float32: True, torch.bfloat16: onednn._is_mkldnn_bf16_supported()}
+    return onednn._reorder_linear_weight(weight, ROW_BLOCK) if supported.get(weight.dtype) else weight
 
 
 def embed(tokens: torch.Tensor, positions: torch.Tensor, wte: torch.Tensor, wpe: torch.Tensor) -> torch.Tensor:
@@ -41,24 +52,17 @@ def layer_norm_linear(
     activation: str | None = None,  # None, "gelu_tanh", "gelu"
 ) -> torch.Tensor:
     """activation(layer_norm(x) @ weight.T + bias) -> [N, M]."""
-    y = _linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias)
-    return y if activation is None else _elementwise(_ACTIVATIONS[activation], y)
-
-
-class Window(NamedTuple):
-    """SHARED_WINDOW consecutive positions of one sequence, read by up to ROW_BLOCK rows at once."""
-
-    slots: torch.Tensor  # int64 [SHARED_WINDOW]
-    dead: torch.Tensor  # bool [ROW_BLOCK, SHARED_WINDOW]
+    return _linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias, activation)
 
 
 class Block(NamedTuple):
-    """What up to ROW_BLOCK rows read: windows in position order, then each row's own tail."""
+    """What up to ROW_BLOCK rows read: W windows of SHARED_WINDOW consecutive positions, then each row's own tail."""
 
     rows: slice
     tail_slots: torch.Tensor  # int64 [R * TAIL_LANES], R the rows, made a multiple of _TAIL_ROWS
     tail_dead: torch.Tensor  # bool [R, 1, TAIL_LANES]
-    windows: list[Window]
+    window_slots: torch.Tensor  # int64 [W * SHARED_WINDOW], in position order
+    window_dead: torch.Tensor  # bool [W, 1, ROW_BLOCK, SHARED_WINDOW]
 
 
 class Route(NamedTuple):
@@ -86,8 +90,8 @@ def route(
     for start in range(0, len(positions), ROW_BLOCK):
         rows = slice(start, min(start + ROW_BLOCK, len(positions)))
         tail = F.pad(tails[rows], (0, 0, 0, -(rows.stop - start) % _TAIL_ROWS), value=NULL_PAGE)
-        windows = list(_windows(page_table, page_size, sequences[rows], ends[rows]))
-        blocks.append(Block(rows, tail.flatten().long(), (tail < page_size)[:, None], windows))
+        windows = _windows(page_table, page_size, sequences[rows], ends[rows])
+        blocks.append(Block(rows, tail.flatten().long(), (tail < page_size)[:, None], *windows))
     if bool((slot_mapping >= 0).all()):
         return Route(None, slot_mapping.long(), blocks)
     write_rows = (slot_mapping >= 0).nonzero().squeeze(1)
@@ -110,17 +114,19 @@ def path_slots(page_table, page_size, committed, sequences, positions, paths, no
     return torch.where((lanes <= positions[:, None]) & (slots >= 0), slots, NULL_PAGE)
 
 
-def _windows(page_table, page_size, sequences, ends) -> Iterator[Window]:
-    """The shared windows of a block's rows; lanes dead for all rows read the null page."""
+def _windows(page_table, page_size, sequences, ends) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots and dead lanes of the windows that a block's rows share; lanes dead for all rows read the null page."""
     padding = ROW_BLOCK - len(ends)
+    slots, dead = [], []
     for sequence in range(page_table.shape[0]):
         mine = F.pad(ends * (sequences == sequence), (0, padding))  # [ROW_BLOCK]
         end = int(mine.max())
-        for first in range(0, end, SHARED_WINDOW):
-            lanes = first + _arange(SHARED_WINDOW, ends)
-            pages = (lanes // page_size).clamp(max=page_table.shape[1] - 1)
-            slots = page_table[sequence, pages] * page_size + lanes % page_size
-            yield Window(torch.where(lanes < end, slots, NULL_PAGE).long(), lanes >= mine[:, None])
+        lanes = _arange(-(-end // SHARED_WINDOW) * SHARED_WINDOW, ends)
+        pages = (lanes // page_size).clamp(max=page_table.shape[1] - 1)
+        found = page_table[sequence, pages] * page_size + lanes % page_size
+        slots.append(torch.where(lanes < end, found, NULL_PAGE).long())
+        dead.append(lanes.view(-1, 1, 1, SHARED_WINDOW) >= mine[:, None])
+    return torch.cat(slots), torch.cat(dead)
 
 
 def layer_norm_qkv(
@@ -163,31 +169,40 @@ def tree_attention(
 def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.Tensor:
     """At most ROW_BLOCK rows: float32 [n, H, D]."""
     live, heads, dim = q.shape
-    rows = len(block.tail_dead)
+    rows, num_windows = len(block.tail_dead), len(block.window_dead)
     queries = F.pad(q.float() * scale, (0, 0, 0, 0, 0, rows - live))  # [rows, H, D]
     keys = _gather(k_cache, block.tail_slots, rows)  # [rows * H, TAIL_LANES, D]
-    tail = torch.bmm(queries.view(-1, 1, dim), keys.transpose(1, 2))
-    tail = tail.view(rows, heads, TAIL_LANES).masked_fill_(block.tail_dead, _DEAD)
+    tail = torch.bmm(queries.view(-1, 1, dim), keys.transpose(1, 2)).view(rows, heads, TAIL_LANES)
+    tail = tail.masked_fill_(block.tail_dead, _DEAD)
     maximum = tail.amax(-1)  # [rows, H]
+    if num_windows == 0:
+        weights = torch.exp(tail - maximum[..., None])
+        total, mixed = weights.sum(-1), _mix(weights, v_cache, block.tail_slots)
+        return (mixed / total[..., None])[:live]
 
-    shared = []  # scores of each window, [H, ROW_BLOCK, SHARED_WINDOW]
-    if block.windows:
-        by_head = F.pad(queries[:live], (0, 0, 0, 0, 0, ROW_BLOCK - live)).transpose(0, 1).contiguous()
-    for window in block.windows:
-        keys = _gather(k_cache, window.slots, 1)  # [H, SHARED_WINDOW, D]
-        shared.append(torch.bmm(by_head, keys.transpose(1, 2)).masked_fill_(window.dead, _DEAD))
-        maximum = torch.maximum(maximum, shared[-1].amax(-1).t()[:rows])
+    by_head = F.pad(queries, (0, 0, 0, 0, 0, ROW_BLOCK - rows)).transpose(0, 1)  # [H, ROW_BLOCK, D]
+    by_head = by_head.expand(num_windows, -1, -1, -1).reshape(-1, ROW_BLOCK, dim)
+    keys = _gather(k_cache, block.window_slots, num_windows)  # [W * H, SHARED_WINDOW, D]
+    scores = torch.bmm(by_head, keys.transpose(1, 2)).view(num_windows, heads, ROW_BLOCK, SHARED_WINDOW)
+    scores = scores.masked_fill_(block.window_dead, _DEAD)
+    maximum = torch.maximum(maximum, scores.amax((0, -1)).t()[:rows])
 
-    total, mixed = torch.zeros_like(maximum), torch.zeros_like(queries)
-    for window, scores in zip(block.windows, shared, strict=True):
-        offset = F.pad(maximum, (0, 0, 0, ROW_BLOCK - rows)).t()[..., None]
-        weights = torch.exp(scores - offset)  # [H, ROW_BLOCK, keys]
-        total += weights.sum(-1).t()[:rows]
-        mixed += torch.bmm(weights, _gather(v_cache, window.slots, 1)).transpose(0, 1)[:rows]
+    weights = torch.exp(scores - F.pad(maximum, (0, 0, 0, ROW_BLOCK - rows)).t()[..., None])
+    values = _gather(v_cache, block.window_slots, num_windows)
+    products = torch.bmm(weights.view(-1, ROW_BLOCK, SHARED_WINDOW), values).view(num_windows, heads, ROW_BLOCK, dim)
+    total, mixed = weights[0].sum(-1), products[0]
+    for window in range(1, num_windows):
+        total, mixed = total + weights[window].sum(-1), mixed + products[window]
     weights = torch.exp(tail - maximum[..., None])
-    total += weights.sum(-1)
-    mixed += torch.bmm(weights.view(-1, 1, TAIL_LANES), _gather(v_cache, block.tail_slots, rows)).view_as(mixed)
+    total = total.t()[:rows] + weights.sum(-1)
+    mixed = mixed.transpose(0, 1)[:rows] + _mix(weights, v_cache, block.tail_slots)
     return (mixed / total[..., None])[:live]
+
+
+def _mix(weights: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Sum of each row's values: weights [rows, H, TAIL_LANES], slots [rows * TAIL_LANES] -> [rows, H, D]."""
+    rows, heads, lanes = weights.shape
+    return torch.bmm(weights.view(-1, 1, lanes), _gather(v_cache, slots, rows)).view(rows, heads, -1)
 
 
 def _gather(cache: torch.Tensor, slots: torch.Tensor, groups: int) -> torch.Tensor:
@@ -224,14 +239,21 @@ def lm_head(
     return logits
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None):
+    """activation(x @ weight.T + bias), ROW_BLOCK rows at a time; ``weight`` plain or ``packed``."""
     num_rows = x.shape[0]
     padding = -num_rows % ROW_BLOCK
     if padding:
         x = F.pad(x, (0, 0, 0, padding))
-    if x.shape[0] == ROW_BLOCK:
-        return F.linear(x, weight, bias)[:num_rows]
-    return torch.cat([F.linear(block, weight, bias) for block in x.split(ROW_BLOCK)])[:num_rows]
+    blocks = [_product(block, weight, bias, activation) for block in x.split(ROW_BLOCK)]
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:num_rows]
+
+
+def _product(block: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None):
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(block, weight, bias, *_FUSED[activation])
+    y = F.linear(block, weight, bias)
+    return y if activation is None else _elementwise(_ACTIVATIONS[activation], y)
 
 
 def _elementwise(function, x: torch.Tensor) -> torch.Tensor:
