@@ -8,14 +8,17 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
+from rich.progress import track
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from decoding import katz
-from model import corpus, training
+from model import corpus, samples, training
+from model.runtime import bfloat16_is_fast
 
-TOKENS, SOURCES, CARD = "tokens.npz", "sources.json", "training.json"
+TOKENS, OWN_TEXT, SOURCES, CARD = "tokens.npz", "own_text.npy", "sources.json", "training.json"
 DRAFT_DEFAULTS = {"layers": 2, "width": 128, "minutes": 20.0}
 
 
@@ -28,12 +31,22 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     draft = commands.add_parser("train-draft", help="train a small GPT-2, distilled from an oracle")
     draft.add_argument("--oracle", type=Path, required=True, help="directory of the oracle; its tokenizer is used")
+    draft.add_argument(
+        "--own-text",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that the oracle writes itself, to learn from as well",
+    )
     _add_training(draft, DRAFT_DEFAULTS)
     draft.set_defaults(run=train_draft)
 
     draft2 = commands.add_parser("build-draft2", help="estimate a Katz trigram table")
     draft2.add_argument("--tokenizer", type=Path, required=True, help="directory with the oracle's tokenizer.json")
     draft2.add_argument("--contexts", type=int, default=65536, help="pairs of tokens that get a row of their own")
+    draft2.add_argument("--model", type=Path, help="count text that this model writes itself, not the data")
+    draft2.add_argument("--samples", type=int, default=1_000_000, help="tokens that it writes (default: 1000000)")
+    draft2.add_argument("--temperature", type=float, default=1.5, help="at which it writes (default: 1.5)")
     _add_text(draft2)
     draft2.set_defaults(run=build_draft2)
 
@@ -100,14 +113,32 @@ def train_oracle(flags: argparse.Namespace) -> None:
 
 
 def train_draft(flags: argparse.Namespace) -> None:
-    if not (flags.oracle / "config.json").is_file():
-        raise ValueError(f"no trained oracle in {flags.oracle}")
-    _train(flags, flags.oracle, GPT2LMHeadModel.from_pretrained(flags.oracle))
+    _train(flags, flags.oracle, _model(flags.oracle))
+
+
+def _model(directory: Path) -> GPT2LMHeadModel:
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"no trained model in {directory}")
+    return GPT2LMHeadModel.from_pretrained(directory)
+
+
+def own_text(directory: Path, prompt_ids: np.ndarray, num_tokens: int, temperature: float) -> np.ndarray:
+    """About ``num_tokens`` tokens written by the model in ``directory``, a few tokens of text before each row."""
+    model = _model(directory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device, torch.bfloat16 if bfloat16_is_fast(torch.device(device)) else torch.float32).eval()
+    parts = list(track(samples.sample_text(model, prompt_ids, num_tokens, temperature), f"{directory.name} writes"))
+    return np.concatenate([part.flatten() for part in parts])
 
 
 def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2LMHeadModel | None) -> None:
     names = [field.name for field in fields(training.TrainingConfig)]
     ids, heldout = prepare(flags, tokenizer_dir)
+    if teacher is not None and flags.own_text:
+        stored = flags.out / OWN_TEXT
+        if not stored.exists():
+            np.save(stored, own_text(flags.oracle, ids, flags.own_text, 1.0))
+        ids = np.concatenate([ids, np.load(stored)])
     vocab_size = _tokenizer(flags.out).get_vocab_size()
     config = training.TrainingConfig(**{name: getattr(flags, name) for name in names} | {"vocab_size": vocab_size})
     trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile)
@@ -155,6 +186,10 @@ def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parame
 def build_draft2(flags: argparse.Namespace) -> None:
     tokenizer = _tokenizer(flags.tokenizer)
     ids = corpus.encode(tokenizer, read_corpus(flags.data, flags.suffix).train)
+    origin = "text"
+    if flags.model is not None:
+        ids = own_text(flags.model, ids, flags.samples, flags.temperature)
+        origin = f"text that {flags.model.name} wrote at temperature {flags.temperature}"
     table = katz.KatzTrigram(ids, tokenizer.get_vocab_size()).bake(flags.contexts)
-    katz.save(table, flags.out, {"estimated_from": "text", "tokens": len(ids)})
-    print(f"{table.tokens.shape[0]} rows from {len(ids) / 1e6:.1f} M tokens in {flags.out}")
+    katz.save(table, flags.out, {"estimated_from": origin, "tokens": len(ids)})
+    print(f"{table.tokens.shape[0]} rows from {len(ids) / 1e6:.1f} M tokens of {origin} in {flags.out}")

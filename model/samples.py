@@ -23,9 +23,11 @@ def sample_text(
 ) -> Iterator[np.ndarray]:
     """Continue random pieces of ``prompt_ids`` uint16 [tokens] until ``num_tokens`` new tokens are drawn.
 
-    Yields uint16 [rows, ``prompt_length`` + ``length``] with the prompts in front. Draws from the full law at
-    ``temperature``; an end-of-text token does not end a row.
+    Yields uint16 [rows, ``prompt_length`` + ``length``] with the prompts in front, both cut to what the context holds.
+    Draws from the full law at ``temperature``; an end-of-text token does not end a row.
     """
+    prompt_length = min(prompt_length, model.config.n_positions // 2)
+    length = min(length, model.config.n_positions - prompt_length)
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     for _ in range(0, num_tokens, batch * length):

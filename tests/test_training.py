@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import corpus, training
+from decoding import StagedDecoder, cli
+from model import corpus, samples, training
 
 
 def source(name: str) -> str:
@@ -188,3 +189,40 @@ def test_the_command_survives_a_kill_at_any_moment(tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     card = json.loads((killed / "training.json").read_text())
     assert card["sources"][0]["files"] == 120 and card["log"][-1]["progress"] == 1.0
+
+
+def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
+    """Oracle, a draft that also learns from the oracle's own text, a table counted on what the draft writes."""
+    text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
+    oracle, draft, draft2 = (str(tmp_path / name) for name in ("oracle", "draft", "draft2"))
+    sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --steps 4"
+    sizes = [*sizes.split(" "), "--no-compile"]
+    data = ["--data", str(text)]
+    cli.main(["train-oracle", "--out", oracle, *data, *sizes, "--vocab-size", "300"])
+    with pytest.raises(SystemExit):
+        cli.main(["train-draft", "--oracle", str(tmp_path / "absent"), "--out", draft, *data, *sizes])
+    assert "no trained model in" in capsys.readouterr().err
+    cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-text", "64"])
+    stored = np.load(tmp_path / "draft" / "own_text.npy")
+    assert stored.dtype == np.uint16 and len(stored) >= 64 and stored.max() < 300
+    cli.main(["build-draft2", "--tokenizer", oracle, "--model", draft, "--samples", "64", "--out", draft2, *data])
+    cli.main(["build-draft2", "--tokenizer", oracle, "--out", draft2 + "_text", *data])
+    origins = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("draft2", "draft2_text")]
+    assert origins[0]["estimated_from"] == "text that draft wrote at temperature 1.5"
+    assert origins[1]["estimated_from"] == "text" and origins[0]["tokens"] < origins[1]["tokens"]
+    decoder = StagedDecoder.from_pretrained(oracle, draft, draft2)
+    prompt = "def name_1_2(argument):"
+    outs = [decoder.generate(prompt, 12, method=method, ignore_eos=True) for method in ("baseline", "staged")]
+    assert outs[0].new_token_ids == outs[1].new_token_ids
+
+
+def test_text_that_a_model_writes_follows_its_law():
+    """At a temperature near zero it is greedy text; prompts are pieces of the given text."""
+    trainer = training.Trainer(replace(CONFIG, steps=40), periodic_ids(0), compiled=False)
+    for _ in range(40):
+        trainer.train_step()
+    model = trainer.model.cpu().eval()
+    parts = list(samples.sample_text(model, trainer.ids, 50, 1e-4, batch=2, prompt_length=8, length=16))
+    assert len(parts) == 2 and all(part.shape == (2, 24) and part.dtype == np.uint16 for part in parts)
+    rows = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    assert torch.equal(model(rows).logits.argmax(-1)[:, 7:-1], rows[:, 8:])

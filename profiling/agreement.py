@@ -1,0 +1,144 @@
+"""How often a stage names the very token that the stage above it draws: the depth-1 acceptance of each pair of models.
+
+    python -m profiling.agreement [--oracle DIR] [--draft DIR ...] [--draft2 DIR ...] [--prompts DIR] [--count 40]
+
+Along the oracle's own text, greedy and sampled, every stage draws at every position with the same noise. Reported per
+pair: how often the lower stage's best token, or one of its best four, is the token that the upper one draws. Several
+drafts or tables are compared with each other: this is how the bundled ones were chosen. Loops flatter speculation, so
+the share of 8-grams that repeat stands beside every figure.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from decoding import StagedDecoder
+from decoding.compare import DEMO_PROMPTS
+from decoding.config import SamplingConfig
+from decoding.decoder import BUNDLED
+from kernels.reference import lookup
+from model.gpt2 import GPT2
+from profiling import machine, prompts
+from profiling.acceptance import repeated_share
+
+SETTINGS = {
+    "greedy": SamplingConfig(),
+    "top-k 50, T = 1": SamplingConfig(do_sample=True, temperature=1.0, top_k=50),
+}
+BEST = 4
+
+
+def draws(model: GPT2, text: list[int], num_new: int, sampling) -> torch.Tensor:
+    """What ``model`` ranks best at each of the last ``num_new`` positions of ``text``: int32 [num_new, BEST]."""
+    cache = model.new_cache(len(text))
+    hidden = model.prefill(text[:-1], cache)[-num_new:]
+    positions = torch.arange(len(text) - num_new, len(text), dtype=torch.int32, device=model.device)
+    logits = model.logits(hidden)
+    parts = zip(logits.split(64), positions.split(64), strict=True)
+    return torch.cat([model.ops.draw(rows, at, sampling, BEST)[1] for rows, at in parts]).cpu()
+
+
+def table_draws(stage, text: list[int], num_new: int, sampling) -> torch.Tensor:
+    """The same from a draft² table, its baked rows alone."""
+    ids = torch.tensor([-1, *text], dtype=torch.int32)
+    first = len(text) - num_new
+    positions = torch.arange(first, len(text), dtype=torch.int32)
+    return lookup(stage.table, ids[first - 1 : -2], ids[first:-1], positions, sampling, BEST)[0]
+
+
+def share(lower: torch.Tensor, upper: torch.Tensor) -> tuple[float, float]:
+    """How often the best of ``lower`` is the best of ``upper``, and how often any of its best four is."""
+    hit = lower == upper[:, :1]
+    return hit[:, 0].float().mean().item(), hit.any(1).float().mean().item()
+
+
+def measure(decoders: dict[str, StagedDecoder], prompt_ids: list[list[int]], num_tokens: int) -> list[dict]:
+    """One row per setting and pair; ``decoders`` differ in their lower stages alone."""
+    rows, first = [], next(iter(decoders.values()))
+    for setting, config in SETTINGS.items():
+        found: dict[tuple[str, str], list] = {}
+        repeated = []
+        for seed, ids in enumerate(track(prompt_ids, setting, disable=not sys.stderr.isatty())):
+            arguments = {"do_sample": config.do_sample, "top_k": config.top_k, "temperature": config.temperature}
+            out = first.generate(ids, num_tokens, seed=seed, ignore_eos=True, method="baseline", **arguments)
+            text, num_new = ids + out.new_token_ids, len(out.new_token_ids)
+            repeated.append(repeated_share(out.new_token_ids))
+            sampling = config.with_seed(seed)
+            above = draws(first.oracle.model, text, num_new, sampling)
+            for name, decoder in decoders.items():
+                stages = {stage.name: stage for stage in decoder.lower}
+                own = draws(stages["draft"].model, text, num_new, sampling)
+                found.setdefault((name, "draft by oracle"), []).append(share(own, above))
+                if "draft2" in stages:
+                    guessed = table_draws(stages["draft2"], text, num_new, sampling)
+                    found.setdefault((name, "draft2 by draft"), []).append(share(guessed, own))
+                    found.setdefault((name, "draft2 by oracle"), []).append(share(guessed, above))
+        for (name, pair), shares in found.items():
+            best, any_of_four = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+            rows.append(
+                {
+                    "setting": setting,
+                    "stages": name,
+                    "pair": pair,
+                    "best": best,
+                    "best_4": any_of_four,
+                    "repeated_8_grams": sum(repeated) / len(repeated),
+                }
+            )
+    return rows
+
+
+def markdown(rows: list[dict], conditions: str) -> str:
+    lines = [
+        "# How often a lower stage names the token that is drawn",
+        "",
+        f"{conditions}.",
+        "",
+        "| decoding | stages | pair | its best | one of its best 4 | repeated 8-grams |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['setting']} | {row['stages']} | {row['pair']} | {row['best']:.3f} | {row['best_4']:.3f} | "
+            f"{row['repeated_8_grams']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--oracle", default="bundled")
+    parser.add_argument("--draft", action="append", help="may be repeated; default: the bundled one")
+    parser.add_argument("--draft2", action="append", help="may be repeated; default: the bundled one")
+    parser.add_argument("--prompts", type=Path, help="folder with mbpp/mbpp.jsonl; default: three prompts")
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path, help="folder for agreement.json and agreement.md")
+    flags = parser.parse_args()
+    decoders = {}
+    for draft in flags.draft or [str(BUNDLED / "draft")]:
+        for draft2 in flags.draft2 or [str(BUNDLED / "draft2")]:
+            name = f"{Path(draft2).name} + {Path(draft).name}"
+            decoders[name] = StagedDecoder.from_pretrained(flags.oracle, draft, draft2)
+    decoder = next(iter(decoders.values()))
+    texts = prompts.mbpp(flags.prompts, flags.count) if flags.prompts else list(DEMO_PROMPTS)
+    rows = measure(decoders, [decoder.encode(text) for text in texts], flags.tokens)
+    about = machine.describe()
+    conditions = (
+        f"{len(texts)} prompts x {flags.tokens} tokens of the oracle's own text, {decoder.runtime}; "
+        f"{about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`"
+    )
+    table = markdown(rows, conditions)
+    if flags.out:
+        flags.out.mkdir(parents=True, exist_ok=True)
+        (flags.out / "agreement.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        (flags.out / "agreement.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
