@@ -1,12 +1,15 @@
 """Options and fixtures for every test."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from tests import interpreter  # before anything that imports a kernel
+from tests.gpu_helpers import poison_scratch
 from tests.helpers import hf_model
 
 if interpreter.INTERPRETING:
@@ -26,6 +29,18 @@ def prompts_dir(request: pytest.FixtureRequest) -> Path:
     if not Path(given).is_dir():
         pytest.skip(f"--prompts: {given} is not a directory")
     return Path(given)
+
+
+@pytest.fixture
+def hostile_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory full of NaN and -1."""
+    poison_scratch(monkeypatch)
+
+
+@pytest.fixture(params=["reference", "gpu"], ids=["torch", "triton"])
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    """Each backend in turn."""
+    return importlib.import_module(f"kernels.{request.param}")
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ The same tests run in Triton's interpreter and, where there is one, on a CUDA de
 is its torch twin on the same inputs in float64 (``in_float64``), so tolerances measure the kernel's own rounding.
 """
 
+import functools
 import random
 from collections.abc import Callable
 from types import ModuleType
@@ -283,3 +284,26 @@ def random_rows(num_rows: int, seed: int = 0) -> list[torch.Tensor]:
     rng = random.Random(seed)
     order = rng.sample(range(num_rows), num_rows)
     return [torch.tensor(rows) for rows in (order, [0], [num_rows - 1], order[: num_rows // 2 + 1])]
+
+
+# Both sides of the first tail borders (48, 64) and of the borders at which windows of 16 to 128 keys fill.
+LENGTHS = [0, 1, 31, 32, 46, 47, 48, 63, 64, 127, 144, 159, 160, 176, 287, 288, 320]
+SMALL = Shape(heads=1, dim=64, inner=100, vocab=97)
+MEDIUM = Shape(heads=3, dim=64, inner=256, vocab=130)
+WIDE_HEADS = Shape(heads=2, dim=128, inner=100, vocab=64)
+LARGE = Shape(heads=20, dim=64, inner=5120, vocab=50257)  # GPT-2 Large
+PASSES = {
+    "1 head": lambda dtype: tree_pass(SMALL, dtype, LENGTHS, 5, page_size=1),
+    "3 heads": lambda dtype: tree_pass(MEDIUM, dtype, [47, 320, 20], 9, page_size=16),
+    "heads of 128": lambda dtype: tree_pass(WIDE_HEADS, dtype, [0, 170], 7, page_size=1),
+    "1 row": lambda dtype: tree_pass(SMALL, dtype, [161], 1, page_size=16, num_nowhere=0),
+    "prefill": lambda dtype: prefill_pass(SMALL, dtype, 30, 140, page_size=16),
+    "large": lambda dtype: tree_pass(LARGE, dtype, [700, 301], 32, page_size=1),
+    "large prefill": lambda dtype: prefill_pass(LARGE, dtype, 100, 512, page_size=1),
+}
+
+
+@functools.cache
+def inputs(of: str, dtype: torch.dtype) -> Inputs:
+    torch.manual_seed(0)
+    return PASSES[of](dtype)

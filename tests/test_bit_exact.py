@@ -20,6 +20,8 @@ from kernels.reference import gumbel_noise
 from kernels.reference.forward import _ACTIVATIONS, _elementwise
 from model.gpt2 import GPT2, Query
 from tests.helpers import (
+    LENGTHS,
+    SIZES,
     Branch,
     assert_same_rows,
     decode_paths,
@@ -40,12 +42,6 @@ from tests.helpers import (
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-# One row, few rows, around one and around four blocks of 16 rows, many.
-SIZES = [1, 2, 7, 16, 17, 63, 64, 128]
-# Rows of a tree below T tokens lie at positions T to T + DEPTH_LIMIT. The first tail border moves at 48, then every
-# 16; the first shared window fills at 160 and the second at 288. Each border is met from both sides by the root (its
-# neighbours below), and crossed inside the trees that start up to 32 positions before it.
-LENGTHS = [0, 1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 127, 128, 129, 143, 144, 159, 160, 161, 175, 176, 287, 288]
 SMALL = {"n_layer": 1, "n_head": 1}
 MEDIUM = {"n_layer": 2, "n_head": 3}
 LARGE = {"n_layer": 1, "n_head": 20}  # the width of GPT-2 Large: torch threads its operations, K reaches 5120
