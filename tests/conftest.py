@@ -20,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--prompts", metavar="DIR", default=None, help="folder with prompt sets, for tests on real text")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if interpreter.INTERPRETING and item.get_closest_marker("gpu"):
+        pytest.skip("a real shape needs a CUDA device")
+
+
 @pytest.fixture
 def prompts_dir(request: pytest.FixtureRequest) -> Path:
     """The folder given as ``--prompts``; tests that ask for it are skipped without one."""

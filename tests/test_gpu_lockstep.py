@@ -43,8 +43,7 @@ def test_lockstep(name):
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="a real shape needs a CUDA device")
+@REAL_SHAPE
 def test_lockstep_on_real_shapes(seed):
     """Trees of up to 512 nodes, passes of up to 64 rows, GPT-2's context."""
     shape = Shape(512, 3, 1000, (1024,) * 3, width=40, budget=63, max_depth=32, vocab_size=300, num_prompt=900)

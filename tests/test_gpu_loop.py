@@ -18,9 +18,9 @@ from decoding.decoder import GenerateOutput
 from decoding.katz import KatzTrigram, save
 from kernels.layout import MAX_ROWS
 from profiling.equality import noisy_copy
-from tests.gpu_helpers import DTYPES, HALVES
+from tests.gpu_helpers import DTYPES, HALVES, REAL_SHAPE
 from tests.helpers import random_tokens
-from tests.interpreter import DEVICE, INTERPRETING
+from tests.interpreter import DEVICE
 
 pytestmark = pytest.mark.usefixtures("hostile_scratch")
 VOCAB = 97
@@ -116,8 +116,7 @@ def test_four_stages(table):
     assert len(texts["triton"][0]) == 301 + 1 - len(prompt), "the context ends, and so does the text"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETING, reason="a real shape needs a CUDA device")
+@REAL_SHAPE
 @DTYPES
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_bundled_models(sampling, dtype):

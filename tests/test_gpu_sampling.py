@@ -12,8 +12,8 @@ import torch
 
 from kernels import gpu, reference
 from tests.draws import PATHS, RULES, TAU, check, each_dtype, each_path, maxima_of, positions_of, random_logits, results
-from tests.gpu_helpers import same_bits
-from tests.interpreter import DEVICE, INTERPRETING
+from tests.gpu_helpers import REAL_SHAPE, same_bits
+from tests.interpreter import DEVICE
 from tests.laws import GREEDY, sampled
 
 pytestmark = pytest.mark.usefixtures("hostile_scratch")
@@ -198,8 +198,7 @@ def test_more_children_than_tokens_is_not_too_many():
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("num_children", [0, 4, 64])
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETING, reason="a real shape needs a CUDA device")
+@REAL_SHAPE
 def test_real_shape(rule, num_children):
     """GPT-2's vocabulary, 64 rows of bfloat16 with its ties: the twin's result, and the same bits a hundred times."""
     logits = random_logits(64, 50257, torch.bfloat16)

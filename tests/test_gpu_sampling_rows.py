@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kernels import gpu
-from tests.draws import RULES, each_dtype, each_path, maxima_of, random_logits, results
-from tests.gpu_helpers import EPS, random_rows, same_bits
+from tests.draws import RULES, each_path, maxima_of, random_logits, results
+from tests.gpu_helpers import DTYPES, EPS, random_rows, same_bits
 from tests.interpreter import DEVICE, INTERPRETING, reversed_programs
 
 pytestmark = pytest.mark.usefixtures("hostile_scratch")
@@ -47,12 +47,10 @@ def test_rows_apart(rule):
     assert all(map(same_bits, contiguous, apart))
 
 
-@each_dtype
+@DTYPES
 @each_path
 def test_tile_maxima(rule, dtype):
     """From the output head, computed from the logits, or not at all: the same bits."""
-    if dtype == torch.bfloat16 and INTERPRETING:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
     x, wte = (torch.randn(size, 64).to(DEVICE, dtype) for size in (3, 300))
     ones, maxima = torch.ones(64, device=DEVICE, dtype=dtype), torch.empty(3, 5, device=DEVICE)
     logits = gpu.lm_head(x, ones, torch.zeros_like(ones), EPS, wte, maxima)
