@@ -20,6 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--prompts", metavar="DIR", default=None, help="folder with prompt sets, for tests on real text")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    given = config.getoption("--prompts")
+    if given is not None and not Path(given).is_dir():
+        raise pytest.UsageError(f"--prompts: {given} is not a directory")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if interpreter.INTERPRETING and item.get_closest_marker("gpu"):
         pytest.skip("a real shape needs a CUDA device")
@@ -31,8 +37,6 @@ def prompts_dir(request: pytest.FixtureRequest) -> Path:
     given = request.config.getoption("--prompts")
     if given is None:
         pytest.skip("needs --prompts DIR")
-    if not Path(given).is_dir():
-        pytest.skip(f"--prompts: {given} is not a directory")
     return Path(given)
 
 
