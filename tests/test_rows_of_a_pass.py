@@ -16,7 +16,7 @@ def test_new_progress(ops):
     assert progress.text.tolist() == [5, 6, 7, 0, 0, 0, 0, 0, 0, 0]
     assert progress.length.tolist() == [3] and progress.end.tolist() == [9]
     assert progress.reach[:, 0].tolist() == [3, 2, 4], "a node's child is one deeper; 5 positions end 2 below the root"
-    assert progress.contexts.tolist() == [2**30, 5, 20] and progress.depths.tolist() == [4]
+    assert progress.contexts.tolist() == [2**30, 5, 20] and progress.max_depth.tolist() == [4]
     assert progress.eos.tolist() == [3, 8] and progress.state.tolist() == [RUNNING]
     assert progress.record.tolist() == [0] * RECORD
     assert {column.dtype for column in progress} == {torch.int32}
@@ -133,3 +133,9 @@ def test_more_to_catch_up_with_than_room():
     given = state(reference, cached_lens=(0, 3))
     with pytest.raises(AssertionError, match="3 committed tokens to catch up with, room for 2"):
         pass_rows(reference, given, [0], num_head=2)
+
+
+def test_a_root_that_has_its_keys_and_values_already():
+    """It has no row, so it cannot be scored again; whoever asks for it has lost count."""
+    with pytest.raises(AssertionError, match="the root is to be scored"):
+        pass_rows(reference, state(reference), [0])
