@@ -29,7 +29,7 @@ class Scored(NamedTuple):
     tokens: torch.Tensor  # int32 [W], the token drawn at each
     children: torch.Tensor  # int32 [W, m], best first
     scores: torch.Tensor  # float32 [W, m], their edge scores, -inf = no child
-    log_probs: torch.Tensor | None  # float32 [W, m], the same without noise and tau; None from a table
+    log_probs: torch.Tensor | None  # float32 [W, m], the same without noise and tau, for the stages below; None = none
 
 
 class Lease(NamedTuple):
@@ -168,17 +168,20 @@ class GPT2Stage:
         self._num_head = 0
         if len(rows.tokens) == 0:
             empty = tree.edge_scores.new_empty(0, 0)
-            return Scored(rows.nodes, rows.nodes, empty.int(), empty, empty)
+            return Scored(rows.nodes, rows.nodes, empty.int(), empty, None)
         hidden = self._forward(rows, chain, progress)[rows.row_of.to(model.device)]
         tile_maxima = hidden.new_empty(len(hidden), -(-self.vocab_size // VOCAB_TILE), dtype=torch.float32)
         logits = model.logits(hidden, tile_maxima)
         positions = rows.draw_positions.to(model.device)
-        log_probs = tile_maxima.new_empty(len(hidden), min(num_children, self.vocab_size))
+        width, log_probs = min(num_children, self.vocab_size), None
+        if width and index > 0:  # there are stages below, and they learn from it
+            log_probs = tile_maxima.new_empty(len(hidden), width)
         drawn = ops.draw(logits, positions, sampling, num_children, tau, tile_maxima, child_log_probs=log_probs)
-        drawn = (part.to(tree.tokens.device) for part in (*drawn, log_probs))
+        home = tree.tokens.device
+        drawn = [part.to(home) for part in drawn]
         self._open_rows += len(rows.tokens)
         self.seconds += time.perf_counter() - start
-        return Scored(rows.nodes, *drawn)
+        return Scored(rows.nodes, *drawn, None if log_probs is None else log_probs.to(home))
 
     def _forward(self, rows, chain: Chain, progress: Progress) -> torch.Tensor:
         """Last hidden states of all rows, [R, C]; what is too much for one pass goes in several, parents first."""
