@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from kernels.layout import MAX_ROWS, VOCAB_TILE, Chain, Progress, Sampling, SuccessorTable, Tree
+from kernels.layout import MAX_ROWS, Chain, Progress, Sampling, SuccessorTable, Tree
 from model.gpt2 import GPT2, Query
 
 
@@ -170,12 +170,12 @@ class GPT2Stage:
             empty = tree.edge_scores.new_empty(0, 0)
             return Scored(rows.nodes, rows.nodes, empty.int(), empty, None)
         hidden = self._forward(rows, chain, progress)[rows.row_of.to(model.device)]
-        tile_maxima = hidden.new_empty(len(hidden), -(-self.vocab_size // VOCAB_TILE), dtype=torch.float32)
+        tile_maxima = ops.new_tile_maxima(len(hidden), self.vocab_size, hidden.device)
         logits = model.logits(hidden, tile_maxima)
         positions = rows.draw_positions.to(model.device)
         width, log_probs = min(num_children, self.vocab_size), None
         if width and index > 0:  # there are stages below, and they learn from it
-            log_probs = tile_maxima.new_empty(len(hidden), width)
+            log_probs = logits.new_empty(len(hidden), width, dtype=torch.float32)
         drawn = ops.draw(logits, positions, sampling, num_children, tau, tile_maxima, child_log_probs=log_probs)
         home = tree.tokens.device
         drawn = [part.to(home) for part in drawn]

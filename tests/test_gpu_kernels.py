@@ -272,6 +272,13 @@ def test_tile_maxima(of, dtype):
     assert same_bits(plain, logits)
 
 
+def test_who_wants_tile_maxima():
+    """The sampler on the device; its twin would ignore them, so the torch backend does not compute any."""
+    maxima = gpu.new_tile_maxima(3, 130, torch.device(DEVICE))
+    assert maxima.shape == (3, 3) and maxima.dtype == torch.float32 and maxima.device.type == DEVICE
+    assert reference.new_tile_maxima(3, 130, torch.device("cpu")) is None
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 def test_prefill_of_a_model(heads):
     """300 tokens, 256 of them in one pass of large tiles, give the hidden states of the torch backend."""

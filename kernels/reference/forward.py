@@ -224,6 +224,11 @@ def lm_head(
     return logits
 
 
+def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> torch.Tensor | None:
+    """What ``lm_head`` is to fill for ``draw``: None, for the twin of ``draw`` makes no use of it."""
+    return None
+
+
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     num_rows = x.shape[0]
     padding = -num_rows % ROW_BLOCK
