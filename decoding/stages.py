@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from decoding.config import SpeculationConfig
 from kernels.layout import MAX_ROWS, Chain, Progress, Sampling, SuccessorTable, Tree
 from model.gpt2 import GPT2, Query
 
@@ -208,12 +209,14 @@ class GPT2Stage:
         self.cache.reset()
 
 
-def begin_all(stages: list[Stage], prompt: list[int], tree_capacity: int, ops: ModuleType) -> Chain:
+def begin_all(stages: list[Stage], prompt: list[int], config: SpeculationConfig, ops: ModuleType) -> Chain:
     """Begin a generation on every stage, the oracle last: the chain of their caches."""
-    leases = [(stage, stage.begin(prompt, tree_capacity)) for stage in stages]
-    leases = [(stage, lease) for stage, lease in leases if lease is not None]
-    for i, (stage, _) in enumerate(leases):
-        stage.attach(i, num_spare=tree_capacity if len(leases) > 2 and stage is not stages[-1] else 0)
-    device = ops.state_device(leases[-1][0].model.device)
-    tables, slots, lengths = zip(*(lease for _, lease in leases), strict=True)
+    leases = []
+    for index, stage in enumerate(stages):
+        lease = stage.begin(prompt, config.capacity)
+        if lease is not None:
+            stage.attach(len(leases), config.spare_rows(index))
+            leases.append(lease)
+    device = ops.state_device(stages[-1].model.device)
+    tables, slots, lengths = zip(*leases, strict=True)
     return ops.new_chain(list(tables), list(slots), list(lengths), device)
