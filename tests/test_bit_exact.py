@@ -235,6 +235,31 @@ def test_commit_leaves_no_trace(dtype, page_size):
     assert_same_rows(torch.cat([model.append([token], cache) for token in later]), plain[len(text) :])
 
 
+@pytest.mark.parametrize(
+    ("length", "chunk", "passes"),
+    [
+        (5, 128, [5]),
+        (300, 128, [128, 128, 44]),
+        (300, 512, [256, 44]),
+        (129, 512, [128, 1]),
+        (384, 200, [128, 128, 128]),
+        (900, 300, [256, 256, 256, 128, 4]),
+    ],
+)
+def test_passes_of_a_prefill(length, chunk, passes, monkeypatch):
+    """More than 128 rows come in multiples of 128, so that on the GPU, where such passes have tiles of their own, the
+    tiles of a position follow from its distance to the end."""
+    model, sizes = tiny_gpt2(**SMALL), []
+
+    def append(tokens, cache, sequence):
+        sizes.append(len(tokens))
+        return torch.zeros(len(tokens), model.config.n_embd)
+
+    monkeypatch.setattr(model, "append", append)
+    model.prefill(random_tokens(length), None, chunk=chunk)
+    assert sizes == passes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("width", [16, 48, 64, 80, 96, 100, 256, 4096, 5120])
 @pytest.mark.parametrize("name", ["gelu_tanh", "gelu"])

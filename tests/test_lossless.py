@@ -142,15 +142,17 @@ def test_caches_stay_sound_after_every_iteration(table):
 @pytest.mark.parametrize("order", [("draft2", "draft_1", "draft_2"), ("draft_2", "draft_1", "draft2")])
 def test_a_pass_has_room_for_every_ancestor(order, table, monkeypatch):
     """Four stages, the table below or above the drafts: no node is left out for want of room. The oracle and the stage
-    below it need none for ancestors, the others do."""
-    oracle, spare, used = tiny_model(0, 2), {}, {}
+    below it need none for ancestors, the others do. Committed tokens have room in the first pass of an iteration."""
+    oracle, spare, used, seen = tiny_model(0, 2), {}, {}, {}
 
     def stage_rows(tree, nodes, progress, chain, cache, reach, num_head, num_rows):
-        num_seen = int(chain.cached_len[cache])
+        num_seen, length = int(chain.cached_len[cache]), int(progress.length)
+        first_pass, seen[cache] = seen.get(cache) != length, length
+        assert num_head == (0 if not first_pass else 1 if cache == 2 else config.max_depth + 1)
         rows = reference.stage_rows(tree, nodes, progress, chain, cache, reach, num_head, num_rows)
         if reach[0] >= 0:
             assert torch.equal(rows.nodes, nodes), "a node found no room"
-            num_ancestors = len(rows.tokens) - (int(progress.length) - num_seen) - int((nodes > 0).sum())
+            num_ancestors = len(rows.tokens) - (length - num_seen) - int((nodes > 0).sum())
             spare[cache] = num_rows - len(nodes)
             used[cache] = max(used.get(cache, 0), num_ancestors)
         return rows
@@ -163,6 +165,7 @@ def test_a_pass_has_room_for_every_ancestor(order, table, monkeypatch):
         monkeypatch.setattr(stage.model, "ops", ops)
     config = SpeculationConfig(order, (2, 2, 2), (3, 6, 9), (3, 3, 4), 30, 10)
     for seed in range(3):
+        seen.clear()
         decoder.generate([5, 17, seed], 100, do_sample=True, top_k=0, seed=seed, speculation=config)
     with_room = [0] if order[-1] == "draft_2" else [0, 1]
     for cache, room in spare.items():
