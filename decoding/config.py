@@ -75,6 +75,18 @@ class SpeculationConfig:
             added += calls * width * children
         return -(-(2 * added + self.budget + 1) // 16) * 16  # rows of slots start at multiples of 16 bytes
 
+    def spare_rows(self, index: int) -> int:
+        """Most rows of a pass of stage ``index`` beside those of the nodes it scores: ancestors that it has not run.
+
+        The unscored ancestors of a selected node are selected with it, so the others have been scored by this stage,
+        whose cache has them then, or by one between it and the oracle; the topmost needs no such row. And a node to
+        score is at most at depth ``max_depth`` - 1, so its path has at most ``max_depth`` - 2 nodes between the root
+        and itself.
+        """
+        if index >= len(self.stages) - 1:
+            return 0
+        return min(self.capacity, self.widths[index] * max(0, self.max_depth - 2))
+
 
 def chain(num_tokens: int, stage: str = "draft") -> SpeculationConfig:
     """Classical speculative decoding: the draft proposes ``num_tokens`` tokens one after the other, no branches."""

@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from kernels.layout import MAX_ROWS, VOCAB_TILE, Chain, Progress, Sampling, SuccessorTable, Tree
+from decoding.config import SpeculationConfig
+from kernels.layout import MAX_ROWS, Chain, Progress, Sampling, SuccessorTable, Tree
 from model.gpt2 import GPT2, Query
 
 
@@ -29,7 +30,7 @@ class Scored(NamedTuple):
     tokens: torch.Tensor  # int32 [W], the token drawn at each
     children: torch.Tensor  # int32 [W, m], best first
     scores: torch.Tensor  # float32 [W, m], their edge scores, -inf = no child
-    log_probs: torch.Tensor | None  # float32 [W, m], the same without noise and tau; None from a table
+    log_probs: torch.Tensor | None  # float32 [W, m], the same without noise and tau, for the stages below; None = none
 
 
 class Lease(NamedTuple):
@@ -168,17 +169,20 @@ class GPT2Stage:
         self._num_head = 0
         if len(rows.tokens) == 0:
             empty = tree.edge_scores.new_empty(0, 0)
-            return Scored(rows.nodes, rows.nodes, empty.int(), empty, empty)
+            return Scored(rows.nodes, rows.nodes, empty.int(), empty, None)
         hidden = self._forward(rows, chain, progress)[rows.row_of.to(model.device)]
-        tile_maxima = hidden.new_empty(len(hidden), -(-self.vocab_size // VOCAB_TILE), dtype=torch.float32)
+        tile_maxima = ops.new_tile_maxima(len(hidden), self.vocab_size, hidden.device)
         logits = model.logits(hidden, tile_maxima)
         positions = rows.draw_positions.to(model.device)
-        log_probs = tile_maxima.new_empty(len(hidden), min(num_children, self.vocab_size))
+        width, log_probs = min(num_children, self.vocab_size), None
+        if width and index > 0:  # there are stages below, and they learn from it
+            log_probs = logits.new_empty(len(hidden), width, dtype=torch.float32)
         drawn = ops.draw(logits, positions, sampling, num_children, tau, tile_maxima, child_log_probs=log_probs)
-        drawn = (part.to(tree.tokens.device) for part in (*drawn, log_probs))
+        home = tree.tokens.device
+        drawn = [part.to(home) for part in drawn]
         self._open_rows += len(rows.tokens)
         self.seconds += time.perf_counter() - start
-        return Scored(rows.nodes, *drawn)
+        return Scored(rows.nodes, *drawn, None if log_probs is None else log_probs.to(home))
 
     def _forward(self, rows, chain: Chain, progress: Progress) -> torch.Tensor:
         """Last hidden states of all rows, [R, C]; what is too much for one pass goes in several, parents first."""
@@ -205,12 +209,14 @@ class GPT2Stage:
         self.cache.reset()
 
 
-def begin_all(stages: list[Stage], prompt: list[int], tree_capacity: int, ops: ModuleType) -> Chain:
+def begin_all(stages: list[Stage], prompt: list[int], config: SpeculationConfig, ops: ModuleType) -> Chain:
     """Begin a generation on every stage, the oracle last: the chain of their caches."""
-    leases = [(stage, stage.begin(prompt, tree_capacity)) for stage in stages]
-    leases = [(stage, lease) for stage, lease in leases if lease is not None]
-    for i, (stage, _) in enumerate(leases):
-        stage.attach(i, num_spare=tree_capacity if len(leases) > 2 and stage is not stages[-1] else 0)
-    device = ops.state_device(leases[-1][0].model.device)
-    tables, slots, lengths = zip(*(lease for _, lease in leases), strict=True)
+    leases = []
+    for index, stage in enumerate(stages):
+        lease = stage.begin(prompt, config.capacity)
+        if lease is not None:
+            stage.attach(len(leases), config.spare_rows(index))
+            leases.append(lease)
+    device = ops.state_device(stages[-1].model.device)
+    tables, slots, lengths = zip(*leases, strict=True)
     return ops.new_chain(list(tables), list(slots), list(lengths), device)

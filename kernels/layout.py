@@ -23,8 +23,6 @@ VOCAB_TILE = 64  # logits whose maximum the output head may keep for the sampler
 MAX_PROBES = 16  # buckets that a look-up of a successor table may visit; the builder keeps within it
 LEAST_REST = 1e-6  # mass outside a remembered row, where rounding leaves none
 NULL_PAGE = 0  # never handed out, always zero: what a dead lane reads
-
-
 ALIGNMENT = 16  # bytes; a less aligned pointer would select another binary, with other vector loads
 
 
@@ -67,7 +65,7 @@ class Progress(NamedTuple):
     end: torch.Tensor  # int32 [1], the length at which the generation ends
     reach: torch.Tensor  # int32 [stages, 4]
     contexts: torch.Tensor  # int32 [stages], positions that each stage can be fed
-    depths: torch.Tensor  # int32 [1], deepest node that the configuration allows
+    max_depth: torch.Tensor  # int32 [1], deepest node that the configuration allows
     eos: torch.Tensor  # int32 [any], tokens that end the text
     state: torch.Tensor  # int32 [1], RUNNING, EOS, LENGTH, or -1 - the stage that gave NaN
     record: torch.Tensor  # int32 [RECORD], what the last iteration did; see ``Record``

@@ -1,12 +1,15 @@
 """Options and fixtures for every test."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from tests import interpreter  # before anything that imports a kernel
+from tests.gpu_helpers import poison_scratch
 from tests.helpers import hf_model
 
 if interpreter.INTERPRETING:
@@ -17,15 +20,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--prompts", metavar="DIR", default=None, help="folder with prompt sets, for tests on real text")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    given = config.getoption("--prompts")
+    if given is not None and not Path(given).is_dir():
+        raise pytest.UsageError(f"--prompts: {given} is not a directory")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if interpreter.INTERPRETING and item.get_closest_marker("gpu"):
+        pytest.skip("a real shape needs a CUDA device")
+
+
 @pytest.fixture
 def prompts_dir(request: pytest.FixtureRequest) -> Path:
     """The folder given as ``--prompts``; tests that ask for it are skipped without one."""
     given = request.config.getoption("--prompts")
     if given is None:
         pytest.skip("needs --prompts DIR")
-    if not Path(given).is_dir():
-        pytest.skip(f"--prompts: {given} is not a directory")
     return Path(given)
+
+
+@pytest.fixture
+def hostile_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory full of NaN and -1."""
+    poison_scratch(monkeypatch)
+
+
+@pytest.fixture(params=["reference", "gpu"], ids=["torch", "triton"])
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    """Each backend in turn."""
+    return importlib.import_module(f"kernels.{request.param}")
 
 
 @pytest.fixture(autouse=True)

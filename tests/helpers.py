@@ -23,6 +23,13 @@ from model.kv_cache import PagedKVCache
 from model.weights import load
 
 HEAD_DIM = 64
+# Sizes of a pass at which a row's bits could change: one row, few rows, around one and four blocks of 16 rows, many.
+SIZES = [1, 2, 7, 16, 17, 63, 64, 128]
+# Lengths of a text at which they could. Rows of a tree below T tokens lie at positions T to T + DEPTH_LIMIT. The first
+# tail border moves at 48, then every 16; windows of 128 keys fill at 160 and 288, smaller ones in between. Each border
+# is met from both sides by the root, and crossed inside the trees that start up to 32 positions before it.
+LENGTHS = [0, 1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64]
+LENGTHS += [127, 128, 129, 143, 144, 159, 160, 161, 175, 176, 287, 288, 289]
 
 
 class Tolerance(NamedTuple):

@@ -20,6 +20,8 @@ from kernels.reference import gumbel_noise
 from kernels.reference.forward import _ACTIVATIONS, _elementwise
 from model.gpt2 import GPT2, Query
 from tests.helpers import (
+    LENGTHS,
+    SIZES,
     Branch,
     assert_same_rows,
     decode_paths,
@@ -40,12 +42,6 @@ from tests.helpers import (
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-# One row, few rows, around one and around four blocks of 16 rows, many.
-SIZES = [1, 2, 7, 16, 17, 63, 64, 128]
-# Rows of a tree below T tokens lie at positions T to T + DEPTH_LIMIT. The first tail border moves at 48, then every
-# 16; the first shared window fills at 160 and the second at 288. Each border is met from both sides by the root (its
-# neighbours below), and crossed inside the trees that start up to 32 positions before it.
-LENGTHS = [0, 1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 127, 128, 129, 143, 144, 159, 160, 161, 175, 176, 287, 288]
 SMALL = {"n_layer": 1, "n_head": 1}
 MEDIUM = {"n_layer": 2, "n_head": 3}
 LARGE = {"n_layer": 1, "n_head": 20}  # the width of GPT-2 Large: torch threads its operations, K reaches 5120
@@ -237,6 +233,31 @@ def test_commit_leaves_no_trace(dtype, page_size):
     plain = model.prefill(text + later, model.new_cache(len(text) + 20))
     assert cache.cached_len[0] == len(text)
     assert_same_rows(torch.cat([model.append([token], cache) for token in later]), plain[len(text) :])
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk", "passes"),
+    [
+        (5, 128, [5]),
+        (300, 128, [128, 128, 44]),
+        (300, 512, [256, 44]),
+        (129, 512, [128, 1]),
+        (384, 200, [128, 128, 128]),
+        (900, 300, [256, 256, 256, 128, 4]),
+    ],
+)
+def test_passes_of_a_prefill(length, chunk, passes, monkeypatch):
+    """More than 128 rows come in multiples of 128, so that on the GPU, where such passes have tiles of their own, the
+    tiles of a position follow from its distance to the end."""
+    model, sizes = tiny_gpt2(**SMALL), []
+
+    def append(tokens, cache, sequence):
+        sizes.append(len(tokens))
+        return torch.zeros(len(tokens), model.config.n_embd)
+
+    monkeypatch.setattr(model, "append", append)
+    model.prefill(random_tokens(length), None, chunk=chunk)
+    assert sizes == passes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -2,46 +2,43 @@
 the node's path token by token.
 
 Small models in the interpreter, the same tests on GPT-2 Large's width where there is a GPU. What could break the
-contract on a GPU, and the test that would show it:
+contract on a GPU, and the test that would show it, here, in test_gpu_kernels (K) or in test_gpu_repeatable (R):
 
  1  another matrix instruction for more rows            number_of_rows: 1 to 128 rows in tiles of one size
  2  a binary specialised on the number of rows          number_of_rows (1, 2, 7, 16, ... select other ones)
- 3  tiles chosen by timing                              another_process; tiles come from a table
+ 3  tiles chosen by timing                              R: another_process; tiles come from a table
  4  tiles, warps or stages that follow the rows         number_of_rows, sizes_of_passes
- 5  split sums in the order of arrival                  reversed_programs; test_gpu_kernels: order_of_programs
+ 5  split sums in the order of arrival                  R: reversed_programs, K: order_of_programs
  6  attention cut by length or number of nodes          length_of_the_text, committed_ancestors, two_sequences
  7  dead lanes that are not exactly zero                every test: free slots and scratch hold NaN; junk_rows
  8  a path's keys in other lanes than after commit      place_of_keys_and_values, commit_leaves_no_trace
- 9  another grouping of the same sum                    length_of_the_text, deepest_chain: every border is crossed
+ 9  another grouping of the same sum                    length_of_the_text, committed_ancestors: all borders
 10  neighbours in a tile                                order_of_rows, other_rows, junk_rows
 11  a key that changes from tail to window              length_of_the_text: rows from both sides of every border
-12  reductions that follow warps and widths             fixed tiles; test_gpu_kernels: linear_tiles, attention_tiles
+12  reductions that follow warps and widths             fixed tiles; K: linear_tiles, attention_tiles
 13  contraction that differs between kernels            one kernel for one row and for many: number_of_rows
-14  tf32                                                test_gpu_kernels: operation_is_its_twin, in float32
-15  the same launch twice, other bits                   test_gpu_kernels: repeated_launches; here: repeated_passes
-16  reads before a neighbour's stores are visible       repeated_passes, test_gpu_kernels: repeated_launches
+14  tf32                                                K: operation_is_its_twin, in float32
+15  the same launch twice, other bits                   K: repeated_launches, R: repeated_passes
+16  reads before a neighbour's stores are visible       R: repeated_passes, K: repeated_launches
 17  a library's product on one path only                every test: whole passes, output head included
 18  ties                                                tests of the sampler
 19  another generation of GPU                           not claimed; no golden bits are stored
 20  prefill against decoding                            sizes_of_passes, prefill_of_more_rows
 """
 
-import copy
 import functools
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import gpu
 from kernels.layout import DEPTH_LIMIT, MAX_ROWS
-from model.gpt2 import GPT2, Query
-from model.kv_cache import PagedKVCache
-from tests.gpu_helpers import DTYPES, REAL_SHAPE, poison_scratch
+from model.gpt2 import Query
+from tests.bit_exact_models import NUM_SLOTS, example, holding, model_of, prepared_example, shapes
+from tests.gpu_helpers import DTYPES
 from tests.helpers import (
+    LENGTHS,
+    SIZES,
     Branch,
     assert_same_rows,
     decode_paths,
@@ -49,56 +46,17 @@ from tests.helpers import (
     new_slots,
     permuted,
     poisoned_cache,
-    prepared,
     random_tokens,
     random_tree,
     run_tree,
     speculate,
-    tiny_gpt2,
     tree_of,
     tree_query,
     with_junk,
     with_nan_token,
 )
-from tests.interpreter import DEVICE, INTERPRETING, reversed_programs
 
-SIZES = [1, 2, 7, 16, 17, 63, 64, 128]
-# The first tail border moves at 48, then every 16; windows of 128 keys fill at 160 and 288, smaller ones in between.
-# Each border is met from both sides by a root, and crossed inside the trees that start below it.
-LENGTHS = [0, 1, 16, 31, 32, 33, 47, 48, 49, 63, 64, 127, 128, 143, 144, 159, 160, 161, 176, 287, 288, 289]
-SHAPES = {
-    "small": {"n_layer": 1, "n_head": 1},
-    "two layers": {"n_layer": 2, "n_head": 1},
-    "large": {"n_layer": 2, "n_head": 20, "vocab_size": 50257},  # GPT-2 Large's width and output head
-}
-NUM_SLOTS = 400
-
-
-def shapes(small: str):
-    """The test runs on the small shape named, and on GPT-2 Large's width where there is a GPU."""
-    return pytest.mark.parametrize("shape", [small, pytest.param("large", marks=REAL_SHAPE)])
-
-
-@pytest.fixture(autouse=True)
-def hostile_scratch(monkeypatch):
-    poison_scratch(monkeypatch)
-
-
-def model_of(shape: str, dtype: torch.dtype) -> GPT2:
-    return tiny_gpt2(dtype, gpu, DEVICE, **SHAPES[shape])
-
-
-@functools.cache
-def _holding(shape: str, dtype: torch.dtype, length: int) -> PagedKVCache:
-    model, below = model_of(shape, dtype), max((n for n in LENGTHS if n < length), default=0)
-    cache = holding(shape, dtype, below) if length else poisoned_cache(model, NUM_SLOTS, shuffle=0)
-    model.prefill(random_tokens(length)[below:], cache)
-    return cache
-
-
-def holding(shape: str, dtype: torch.dtype, length: int) -> PagedKVCache:
-    """A cache that holds ``random_tokens(length)``, every other slot NaN. A copy: computed once, in many passes."""
-    return copy.deepcopy(_holding(shape, dtype, length))
+pytestmark = pytest.mark.usefixtures("hostile_scratch")
 
 
 def same_as_decoding(shape: str, dtype: torch.dtype, length: int, tree) -> None:
@@ -106,22 +64,6 @@ def same_as_decoding(shape: str, dtype: torch.dtype, length: int, tree) -> None:
     model, text = model_of(shape, dtype), random_tokens(length)
     expected = decode_paths(model, text, tree, cache=holding(shape, dtype, length))
     assert_same_rows(run_tree(model, text, tree, holding(shape, dtype, length)), expected)
-
-
-@functools.cache
-def example(shape: str, dtype: torch.dtype) -> tuple[GPT2, Branch, torch.Tensor]:
-    """A model, a tree of 17 nodes below 150 tokens, and its logits from plain decoding, computed once.
-
-    The tree is more than 10 deep, so that its rows lie on both sides of position 160, where a window of 128 fills.
-    """
-    model, branch = model_of(shape, dtype), Branch(random_tokens(150), random_tree(17, seed=14))
-    assert branch.tree.depths.max() > 10
-    return model, branch, decode_paths(model, *branch[:2], cache=holding(shape, dtype, 150))
-
-
-def prepared_example(shape: str, dtype: torch.dtype) -> tuple[Query, PagedKVCache]:
-    model, branch, _ = example(shape, dtype)
-    return prepared(model, branch, cache=holding(shape, dtype, 150))
 
 
 @functools.cache
@@ -316,43 +258,3 @@ def test_prefill_of_more_rows(shape, dtype):
     model, tokens = model_of(shape, dtype), random_tokens(384)
     long, short = (model.prefill(tokens[:n], poisoned_cache(model, n)) for n in (384, 256))
     assert_same_rows(long[:256], short)
-
-
-@DTYPES
-@pytest.mark.skipif(not INTERPRETING, reason="only the interpreter can reverse the order of programs")
-def test_reversed_programs(dtype):
-    """Programs run last to first, so another one arrives last everywhere, and no bit moves.
-
-    Below 289 tokens every part of the attention has windows: with fewer, two sums are merged, in either order the same.
-    """
-    model, text, tree = model_of("small", dtype), random_tokens(289), random_tree(5, seed=1)
-    forward = run_tree(model, text, tree, holding("small", dtype, 289))
-    with reversed_programs():
-        backward = run_tree(model, text, tree, holding("small", dtype, 289))
-    assert_same_rows(backward, forward)
-
-
-@DTYPES
-@shapes("small")
-def test_repeated_passes(shape, dtype):
-    """The same pass again and again, on the same cache: a hundred times where launches race."""
-    model, _, expected = example(shape, dtype)
-    query, cache = prepared_example(shape, dtype)
-    for _ in range(2 if INTERPRETING else 100):
-        assert_same_rows(model.logits(model.forward(query, cache)), expected)
-
-
-@shapes("small")
-def test_another_process(shape, tmp_path):
-    """A fresh process computes the same bits: nothing was tuned, timed or left over in this one."""
-    program = f"""
-import torch
-from tests import interpreter
-if interpreter.INTERPRETING:
-    interpreter.install()
-from tests import test_gpu_bit_exact as tests
-torch.save(tests.example({shape!r}, torch.float16)[2].cpu(), {str(tmp_path / "logits")!r})
-"""
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, check=True)
-    logits = torch.load(tmp_path / "logits", weights_only=True)
-    assert_same_rows(logits, example(shape, torch.float16)[2].cpu())

@@ -18,10 +18,11 @@ from decoding.decoder import GenerateOutput
 from decoding.katz import KatzTrigram, save
 from kernels.layout import MAX_ROWS
 from profiling.equality import noisy_copy
-from tests.gpu_helpers import DTYPES, HALVES, poison_scratch
+from tests.gpu_helpers import DTYPES, HALVES, REAL_SHAPE
 from tests.helpers import random_tokens
-from tests.interpreter import DEVICE, INTERPRETING
+from tests.interpreter import DEVICE
 
+pytestmark = pytest.mark.usefixtures("hostile_scratch")
 VOCAB = 97
 SAMPLINGS = {
     "greedy": {"seed": 1},
@@ -29,11 +30,6 @@ SAMPLINGS = {
 }
 # One pass; a text that fills a window of attention; one whose prefill has a pass of more than MAX_ROWS rows.
 PROMPTS = {"short": [5, 17, 40], "window": random_tokens(170), "long": random_tokens(2 * MAX_ROWS + 9)}
-
-
-@pytest.fixture(autouse=True)
-def hostile_scratch(monkeypatch):
-    poison_scratch(monkeypatch)
 
 
 @functools.cache
@@ -120,8 +116,7 @@ def test_four_stages(table):
     assert len(texts["triton"][0]) == 301 + 1 - len(prompt), "the context ends, and so does the text"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETING, reason="a real shape needs a CUDA device")
+@REAL_SHAPE
 @DTYPES
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_bundled_models(sampling, dtype):

@@ -1,5 +1,7 @@
 """The promise: for one seed, every method, tree, budget and chain depth gives the tokens of plain decoding."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -10,6 +12,7 @@ from decoding.config import METHODS, Limits, SamplingConfig, chain
 from decoding.decoder import BUNDLED
 from decoding.katz import KatzTrigram, save
 from decoding.loop import Generation
+from kernels import reference
 from profiling import equality
 
 VOCAB = 97
@@ -134,6 +137,39 @@ def test_caches_stay_sound_after_every_iteration(table):
     generation.close()
     for stage in stages:
         stage.cache.check()
+
+
+@pytest.mark.parametrize("order", [("draft2", "draft_1", "draft_2"), ("draft_2", "draft_1", "draft2")])
+def test_a_pass_has_room_for_every_ancestor(order, table, monkeypatch):
+    """Four stages, the table below or above the drafts: no node is left out for want of room. The oracle and the stage
+    below it need none for ancestors, the others do. Committed tokens have room in the first pass of an iteration."""
+    oracle, spare, used, seen = tiny_model(0, 2), {}, {}, {}
+
+    def stage_rows(tree, nodes, progress, chain, cache, reach, num_head, num_rows):
+        num_seen, length = int(chain.cached_len[cache]), int(progress.length)
+        first_pass, seen[cache] = seen.get(cache) != length, length
+        assert num_head == (0 if not first_pass else 1 if cache == 2 else config.max_depth + 1)
+        rows = reference.stage_rows(tree, nodes, progress, chain, cache, reach, num_head, num_rows)
+        if reach[0] >= 0:
+            assert torch.equal(rows.nodes, nodes), "a node found no room"
+            num_ancestors = len(rows.tokens) - (length - num_seen) - int((nodes > 0).sum())
+            spare[cache] = num_rows - len(nodes)
+            used[cache] = max(used.get(cache, 0), num_ancestors)
+        return rows
+
+    ops = ModuleType("ops")
+    ops.__dict__.update(vars(reference), stage_rows=stage_rows)
+    drafts = [tiny_model(1, 1), equality.noisy_copy(oracle, 0.2)]
+    decoder = StagedDecoder.from_pretrained(oracle, drafts, table, device="cpu", dtype="float32")
+    for stage in [*decoder.lower[1:], decoder.oracle]:
+        monkeypatch.setattr(stage.model, "ops", ops)
+    config = SpeculationConfig(order, (2, 2, 2), (3, 6, 9), (3, 3, 4), 30, 10)
+    for seed in range(3):
+        seen.clear()
+        decoder.generate([5, 17, seed], 100, do_sample=True, top_k=0, seed=seed, speculation=config)
+    with_room = [0] if order[-1] == "draft_2" else [0, 1]
+    for cache, room in spare.items():
+        assert (0 < used[cache] <= room) if cache in with_room else used[cache] == room == 0, f"{used} of {spare}"
 
 
 def _assert_cache_holds(stage, text, slots):

@@ -3,7 +3,14 @@
 import torch
 
 from kernels.gpu.config import PREFILL_ROWS
-from kernels.gpu.forward import layer_norm_linear, layer_norm_qkv, linear_residual, lm_head, tree_attention
+from kernels.gpu.forward import (
+    layer_norm_linear,
+    layer_norm_qkv,
+    linear_residual,
+    lm_head,
+    new_tile_maxima,
+    tree_attention,
+)
 from kernels.gpu.launch import interpreting
 from kernels.gpu.lookup import learn, lookup_nodes
 from kernels.gpu.route import embed, route
@@ -39,6 +46,7 @@ __all__ = [
     "new_chain",
     "new_progress",
     "new_recent",
+    "new_tile_maxima",
     "new_tree",
     "packed",
     "route",

@@ -103,3 +103,8 @@ def lm_head(
     padded = triton.cdiv(vocab_size, VOCAB_TILE) * VOCAB_TILE  # rows start at multiples of 16 bytes
     out = x.new_empty(len(x), padded)[:, :vocab_size]
     return linear(x, weight, out, norm=(norm_weight, norm_bias, eps), tile_maxima=tile_maxima, tiles=tiles)
+
+
+def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """What ``lm_head`` is to fill for ``draw``: float32 [N, cdiv(V, VOCAB_TILE)]."""
+    return torch.empty(num_rows, triton.cdiv(vocab_size, VOCAB_TILE), dtype=torch.float32, device=device)

@@ -226,7 +226,7 @@ def require_tree(tree: Tree) -> None:
 def require_progress(progress: Progress, device: torch.device) -> None:
     """Raise ValueError unless every column of ``progress`` is what the kernels read."""
     shapes = {"reach": (len(progress.contexts), 4), "record": (RECORD,)}
-    shapes |= dict.fromkeys(("length", "end", "depths", "state"), (1,))
+    shapes |= dict.fromkeys(("length", "end", "max_depth", "state"), (1,))
     for name, column in progress._asdict().items():
         require(name, column, shapes.get(name, (None,)), torch.int32, device)
 

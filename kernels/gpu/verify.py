@@ -273,7 +273,7 @@ def verify_and_commit(
             "end_ptr": progress.end,
             "reach_ptr": progress.reach,
             "contexts_ptr": progress.contexts,
-            "max_depth_ptr": progress.depths,
+            "max_depth_ptr": progress.max_depth,
             "eos_ptr": progress.eos,
             "state_ptr": progress.state,
             "record_ptr": progress.record,

@@ -7,23 +7,18 @@ from kernels.reference.forward import (
     layer_norm_qkv,
     linear_residual,
     lm_head,
+    new_tile_maxima,
     packed,
     path_slots,
     route,
     tree_attention,
 )
-from kernels.reference.iteration import (
-    learn,
-    lookup_nodes,
-    new_chain,
-    new_progress,
-    new_recent,
-    stage_rows,
-    state_device,
-    verify_and_commit,
-)
-from kernels.reference.sampling import draw, gumbel_noise, hash_context, lookup, philox
-from kernels.reference.tree import insert_children, new_tree, reroot, select_nodes, verify
+from kernels.reference.lookup import hash_context, learn, lookup, lookup_nodes, new_recent
+from kernels.reference.rows import stage_rows
+from kernels.reference.sampling import draw, gumbel_noise, philox
+from kernels.reference.state import new_chain, new_progress, state_device
+from kernels.reference.tree import insert_children, new_tree, reroot, select_nodes
+from kernels.reference.verify import verify, verify_and_commit
 
 __all__ = [
     "PREFILL_ROWS",
@@ -42,6 +37,7 @@ __all__ = [
     "new_chain",
     "new_progress",
     "new_recent",
+    "new_tile_maxima",
     "new_tree",
     "packed",
     "path_slots",

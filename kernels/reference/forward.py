@@ -239,6 +239,11 @@ def lm_head(
     return logits
 
 
+def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> torch.Tensor | None:
+    """What ``lm_head`` is to fill for ``draw``: None, for the twin of ``draw`` makes no use of it."""
+    return None
+
+
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None):
     """activation(x @ weight.T + bias), ROW_BLOCK rows at a time; ``weight`` plain or ``packed``."""
     num_rows = x.shape[0]

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from kernels.layout import MAX_PROBES, Sampling, SuccessorTable
+from kernels.layout import Sampling
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -134,54 +134,3 @@ def _nucleus(scores: torch.Tensor, ids: torch.Tensor, sampling: Sampling) -> tor
         floor = scores.amax(-1, keepdim=True) + math.log(sampling.min_p)
         scores = scores.masked_fill(scores < floor, -math.inf)
     return scores
-
-
-def lookup(
-    table: SuccessorTable,
-    previous: torch.Tensor,  # int32 [N], the token before the last, -1 where there is none
-    last: torch.Tensor,  # int32 [N]
-    positions: torch.Tensor,  # int32 [N], absolute position of the token being drawn
-    sampling: Sampling,
-    num_children: int,
-    tau: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table's best children of each context and their edge scores: int32 [N, m], float32 [N, m].
-
-    A context of two tokens that the table does not hold falls back to the row of its last token. The scores are those
-    of ``draw``, with the mass outside the row as one more competitor, so that edges are not overrated.
-    """
-    row = _probe(table, previous, last)
-    log_probs, rest = table.log_probs[row] / sampling.temperature, table.log_rest[row] / sampling.temperature
-    children, scores = best_of_row(table.tokens[row], log_probs, rest, positions, sampling, tau)
-    return children[:, :num_children], scores[:, :num_children]
-
-
-def best_of_row(tokens, log_probs, log_rest, positions, sampling: Sampling, tau: float):
-    """A table's row [N, m] by falling score: tokens, and edge scores with the mass outside as one more competitor."""
-    scores = log_probs
-    if sampling.noise:
-        scores = scores + gumbel_noise(sampling.seed, positions[:, None], tokens)
-    scaled = torch.cat([scores, log_rest[:, None]], 1) / tau
-    top, index = scaled[:, :-1].sort(dim=-1, descending=True, stable=True)
-    return tokens.gather(1, index), top - scaled.logsumexp(-1, keepdim=True)
-
-
-def _probe(table: SuccessorTable, previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Row of each context, by linear probing from ``hash_context``."""
-    row = last.long()
-    key = previous.long() * table.vocab_size + row
-    bucket = hash_context(key, table.keys.shape[0])
-    searching = previous >= 0
-    for _ in range(MAX_PROBES):
-        found = searching & (table.keys[bucket] == key)
-        row = torch.where(found, table.rows[bucket].long(), row)
-        searching = searching & ~found
-        if not searching.any():
-            break
-        bucket = (bucket + 1) % table.keys.shape[0]
-    return row
-
-
-def hash_context(key: torch.Tensor, num_buckets: int) -> torch.Tensor:
-    """First bucket of int64 ``key`` in a table of ``num_buckets`` (a power of two): Fibonacci hashing, 32 bits."""
-    return ((key * (0x9E3779B97F4A7C15 - 2**64) >> 32) & _MASK) % num_buckets

@@ -108,36 +108,6 @@ def _sum_paths(tree: Tree) -> None:
         sums[level] = sums[parents[level]] + edges[level]
 
 
-def verify(
-    tree: Tree,
-    rows: torch.Tensor,  # int32 [n], the nodes of the oracle's pass, root first, parents before children
-    drawn: torch.Tensor,  # int32 [n], the oracle's token at each of them
-    max_accepted: int,
-    eos_token_ids: tuple[int, ...],
-) -> tuple[torch.Tensor, int, bool]:
-    """Walk from the root to the child whose token equals the drawn one; stop where there is none.
-
-    Returns the accepted nodes int32 [a] (root excluded, a <= max_accepted), the token drawn at the end of the walk, and
-    whether the emitted run ``tokens[accepted] + [next_token]`` ends early because an accepted node is an end-of-text
-    token: then that node is the last accepted one and the next token is not part of the run.
-
-    Example: root 0 with children 1 ("a") and 2 ("b"), 3 ("c") below 1; drawn "a", "c", "x", "y" at 0, 1, 2, 3: the walk
-    goes 0 -> 1 -> 3, accepted [1, 3], next token "y".
-    """
-    tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
-    drawn_at = dict(zip(rows.tolist(), drawn.tolist(), strict=True))
-    child_of = {(int(parents[i]), int(tokens[i])): i for i in drawn_at if i != 0}
-    node, accepted, ended = 0, [], False
-    while len(accepted) < max_accepted and not ended:
-        child = child_of.get((node, drawn_at[node]))
-        if child is None:
-            break
-        node = child
-        accepted.append(child)
-        ended = int(tokens[child]) in eos_token_ids
-    return torch.tensor(accepted, dtype=torch.int32), drawn_at[node], ended
-
-
 def reroot(tree: Tree, last_accepted: int, next_token: int) -> torch.Tensor:
     """Make ``next_token`` below node ``last_accepted`` the root; keep the subtree that lower stages have built there.
 

@@ -1,0 +1,127 @@
+"""Look-ups of draft2, worked by hand and run on both backends: the context of a node, probing, and what is remembered
+of the stage above."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import gpu, reference
+from kernels.layout import MAX_PROBES, SuccessorTable
+from kernels.reference import hash_context
+from tests.laws import GREEDY
+from tests.worked_iteration import (
+    TABLE,
+    home,
+    insert,
+    int32,
+    moved,
+)
+
+pytestmark = pytest.mark.usefixtures("hostile_scratch")
+
+
+SIZE = 4  # tokens; rows 0..3 of the table are the contexts of one token, row 4 is that of 1, 2
+
+
+@pytest.fixture
+def table(ops) -> SuccessorTable:
+    """Row r says token r with probability 1/2, then the next one with 1/4; row 4 says 0 and 3. An empty bucket's row is
+    4: whoever takes an empty bucket for a hit shows."""
+    keys, rows = torch.full((16,), -1, dtype=torch.int64), torch.full((16,), 4, dtype=torch.int32)
+    keys[hash_context(torch.tensor(1 * SIZE + 2), 16)] = 1 * SIZE + 2
+    tokens = [[token, (token + 1) % SIZE] for token in range(SIZE)] + [[0, 3]]
+    log_probs = torch.tensor([[0.5, 0.25]] * 5).log()
+    table = SuccessorTable(keys, rows, int32(*tokens), log_probs, torch.full((5,), 0.25).log(), SIZE)
+    return moved(table, ops)
+
+
+@pytest.mark.parametrize(
+    ("text", "node", "row"),
+    [
+        ([1, 2], 0, 4),  # the token before the root comes from the text
+        ([0, 2], 0, 2),  # a context of two that the table does not hold
+        ([2], 0, 2),  # no token before the root
+        ([3], 0, 3),  # nor here, where its key would be that of an empty bucket
+        ([1, 2, 1], 2, 4),  # 2 below the root 1
+        ([0, 2], 2, 2),  # 2 below 2
+        ([0, 2], 4, 4),  # 2 below 1 below the root
+        ([0, 2], 1, 1),
+    ],
+)
+def test_contexts(text, node, row, table, ops):
+    tree = reference.new_tree(16, root=text[-1])
+    insert(tree, 0, 0, {1: -1.0, 2: -2.0, 3: -3.0})
+    insert(tree, 0, 1, {2: -1.0})
+    tree, progress = moved(tree, ops), moved(reference.new_progress(text, 30, 8, [99, 99], ()), ops)
+    padding = [-1] if ops is gpu else []
+    children, scores = ops.lookup_nodes(table, tree, int32(node, *padding, ops=ops), progress, GREEDY, 2, 1.0)
+    assert children[0].tolist() == table.tokens[row].tolist()
+    torch.testing.assert_close(scores[0].cpu(), torch.tensor([0.5, 0.25]).log(), atol=1e-6, rtol=0)
+    assert all(score == -math.inf for score in scores[1:].flatten().tolist())
+
+
+@pytest.mark.parametrize("distance", [1, MAX_PROBES - 1])
+def test_probes(distance, table, ops):
+    """A key that stands ``distance`` buckets after its first one, around the end of the table, is found."""
+    start = int(hash_context(torch.tensor(1 * SIZE + 2), 16))
+    for step in range(distance):
+        table.keys[(start + step) % 16] = 10**6 + step
+    table.keys[(start + distance) % 16] = 1 * SIZE + 2
+    tree, progress = (
+        moved(part, ops) for part in (reference.new_tree(16, root=2), reference.new_progress([1, 2], 30, 8, [9], ()))
+    )
+    children, _ = ops.lookup_nodes(table, tree, int32(0, ops=ops), progress, GREEDY, 2, 1.0)
+    assert children[0].tolist() == [0, 3]
+
+
+def root_of(text: list[int], ops) -> tuple:
+    """The tree and the progress of a text whose last token has the children 1, 2 and 3."""
+    tree = reference.new_tree(16, root=text[-1])
+    insert(tree, TABLE, 0, {1: -1.0, 2: -2.0, 3: -3.0})
+    return moved(tree, ops), moved(reference.new_progress(text, 30, 8, [99, 99], ()), ops)
+
+
+def remember(recent, text: list[int], nodes: list[int], children: list, probabilities: list, ops) -> None:
+    tree, progress = root_of(text, ops)
+    if ops is gpu:  # a dead row
+        nodes, children, probabilities = nodes + [-1], children + [[2, 2, 2]], probabilities + [[0.9, 0.05, 0.05]]
+    log_probs = torch.tensor(probabilities, device=home(ops)).log()
+    ops.learn(recent, tree, int32(*nodes, ops=ops), progress, int32(*children, ops=ops), log_probs)
+
+
+def recall(recent, table, text: list[int], ops) -> tuple[list[int], list[float]]:
+    tree, progress = root_of(text, ops)
+    children, scores = ops.lookup_nodes(table, tree, int32(0, ops=ops), progress, GREEDY, 2, 1.0, recent)
+    return children[0].tolist(), scores[0].exp().tolist()
+
+
+def test_what_is_remembered_comes_before_the_table(table, ops):
+    """The two best children of a context; what is left of the mass competes with them. A newer row replaces it."""
+    recent = ops.new_recent(2**10, 2, SIZE, home(ops))
+    assert recall(recent, table, [1, 2], ops) == ([0, 3], [0.5, 0.25])
+    remember(recent, [1, 2], [0, 1], [[3, 1, 0], [0, 1, 2]], [[0.6, 0.3, 0.1], [0.2, 0.2, 0.2]], ops)
+    assert recall(recent, table, [1, 2], ops) == ([3, 1], pytest.approx([0.6, 0.3]))
+    assert recall(recent, table, [2, 1], ops) == ([0, 1], pytest.approx([0.2, 0.2])), "node 1 is token 1 after 2"
+    assert recall(recent, table, [0, 2], ops) == ([2, 3], [0.5, 0.25]), "another context still has the table's row"
+    remember(recent, [1, 2], [0], [[1, 2, 0]], [[0.7, 0.0, 0.0]], ops)
+    children, probabilities = recall(recent, table, [1, 2], ops)
+    assert children[0] == 1 and probabilities == [pytest.approx(0.7), 0.0]
+
+
+def test_what_is_not_remembered(table, ops):
+    """A context of one token, a node without a possible child, and one with NaN."""
+    recent = ops.new_recent(16, 2, SIZE, home(ops))
+    for text in ([2], [3]):
+        remember(recent, text, [0], [[1, 2, 0]], [[0.6, 0.3, 0.1]], ops)
+    remember(recent, [1, 2], [0, 3], [[1, 2, 0]] * 2, [[0.0] * 3, [math.nan] * 3], ops)
+    assert (recent.keys == -1).all() and (recent.log_probs == -math.inf).all()
+    assert recall(recent, table, [3], ops) == ([3, 0], [0.5, 0.25]), "its key would be that of an empty bucket"
+
+
+def test_the_later_of_two_nodes_in_a_bucket_is_remembered(table, ops):
+    recent = ops.new_recent(1, 2, SIZE, home(ops))
+    remember(recent, [1, 2], [0, 1, 2], [[1, 2, 0], [3, 1, 0], [0, 3, 1]], [[0.6, 0.3, 0.1]] * 3, ops)
+    assert recent.keys.tolist() == [2 * SIZE + 2] and recent.tokens.tolist() == [[0, 3]]
+    assert recall(recent, table, [2, 2], ops) == ([0, 3], pytest.approx([0.6, 0.3]))
+    assert recall(recent, table, [1, 2], ops) == ([0, 3], [0.5, 0.25])

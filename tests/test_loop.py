@@ -1,0 +1,141 @@
+"""The loop and its stages beyond the text they give, which speculation cannot change: how much of a good draft is
+taken, what is forgotten between generations and remembered within one, and what is counted.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from decoding import SpeculationConfig, StagedDecoder
+from decoding.config import Limits, SamplingConfig, chain
+from decoding.katz import KatzTrigram, save
+from decoding.loop import Generation
+from profiling.equality import noisy_copy
+from tests.helpers import random_tokens
+from tests.test_lossless import VOCAB, tiny_model
+
+SAMPLINGS = {"greedy": SamplingConfig(), "sampled": SamplingConfig(do_sample=True, top_k=20)}
+BELOW_DRAFT = SpeculationConfig(("draft2", "draft"), (2, 2), (3, 5), (3, 3), budget=12, max_depth=6)
+each_sampling = pytest.mark.parametrize("sampling", SAMPLINGS)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A draft2 table that knows nothing of the models."""
+    directory = tmp_path_factory.mktemp("table")
+    save(KatzTrigram(np.array(random_tokens(2000)), VOCAB).bake(200), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def decoder(table):
+    """``decoder(noise)``: a table, a draft that is the oracle plus noise, the oracle."""
+    oracle = tiny_model(0, 1)
+
+    def load(noise: float) -> StagedDecoder:
+        return StagedDecoder.from_pretrained(oracle, noisy_copy(oracle, noise), table, device="cpu", dtype="float32")
+
+    return load
+
+
+def generation(decoder: StagedDecoder, config: SpeculationConfig, sampling: str, new_tokens: int = 24) -> Generation:
+    lower = [decoder._stage(name) for name in config.stages]
+    rule, limits = SAMPLINGS[sampling].with_seed(3), Limits(new_tokens)
+    return Generation(lower, decoder.oracle, [5, 17, 40], rule, limits, config)
+
+
+@each_sampling
+@pytest.mark.parametrize("depth", [1, 4])
+def test_a_perfect_draft_is_taken_whole(depth, sampling, decoder):
+    """The oracle as its own draft: every iteration emits as many tokens as the chain is deep, and the oracle's own."""
+    running = generation(decoder(0.0), chain(depth), sampling)
+    emitted = [len(tokens) for tokens in running.run()]
+    assert emitted[:-1] == [depth + 1] * (len(emitted) - 1) and len(emitted) > 1
+    assert set(running.stats.token_stages) == {"draft", "oracle"}
+
+
+def test_shared_noise_is_worth_something():
+    """Without shared noise a draft guesses less of what the oracle draws, and the text is the same."""
+    oracle = tiny_model(0, 1)
+    decoder = StagedDecoder.from_pretrained(oracle, noisy_copy(oracle, 0.2), None, device="cpu", dtype="float32")
+    tree = SpeculationConfig(("draft",), (3,), (5,), (4,), budget=12, max_depth=6)
+    shared, own = (
+        decoder.generate([5, 17], 60, do_sample=True, seed=1, speculation=config)
+        for config in (tree, replace(tree, shared_noise=False))
+    )
+    assert shared.new_token_ids == own.new_token_ids
+    assert shared.stats["acceptance_rate"] > 1.2 * own.stats["acceptance_rate"]
+
+
+@each_sampling
+def test_a_generation_forgets_the_one_before(sampling, decoder):
+    """The same stages, the same prompt: the same trees again, though another generation had taught draft2 meanwhile,
+    and though nobody closed it."""
+    stages = decoder(0.2)
+
+    def trees() -> list:
+        running = generation(stages, BELOW_DRAFT, sampling)
+        list(running.run())
+        return running.stats.iterations
+
+    first = trees()
+    assert any(0 in iteration.sources for iteration in first), "draft2 should have proposed something"
+    assert trees() == first
+    for stage in stages.lower[1:]:
+        stage.end()
+        stage.cache.check()
+
+
+def test_draft2_remembers_what_the_draft_drew(decoder):
+    """After every iteration but the last, which has nothing to propose, draft2 holds the context of its root."""
+    running = generation(decoder(0.2), BELOW_DRAFT, "greedy")
+    recent = running.lower[0].recent
+    assert (recent.keys == -1).all()
+    for _ in range(4):
+        previous, last = running.text[-2:]
+        running.step()
+        assert previous * VOCAB + last in recent.keys.tolist()
+
+
+def test_bytes_of_a_baseline(decoder):
+    """Each pass reads the weights, the K/V of the text and writes a row of its own; prefill does not count."""
+    running = generation(decoder(0.2), SpeculationConfig(), "greedy", new_tokens=5)
+    list(running.run())
+    row = 2 * 1 * 64 * 4  # keys and values, one layer, 64 wide, float32
+    weights = running.oracle.model.weights.bytes_per_pass
+    assert running.oracle.passes == 5
+    assert running.oracle.bytes_moved == 5 * weights + (3 + 4 + 5 + 6 + 7) * row + 5 * row
+
+
+def test_bytes_of_a_chain(decoder):
+    """One draft node and the root are verified: two rows of the oracle; the draft has the tokens accepted before it at
+    the head of its pass. draft2 reads a row of its table in every iteration but the last, with one token to come."""
+    running = generation(decoder(0.0), chain(1), "greedy", new_tokens=4)
+    list(running.run())
+    (draft,), oracle, row = running.lower, running.oracle, 2 * 64 * 4
+    weights = oracle.model.weights.bytes_per_pass
+    assert oracle.passes == draft.passes == 2, "two tokens an iteration, below 3 and 5 committed ones"
+    assert oracle.bytes_moved == 2 * weights + (3 + 5) * row + (2 + 2) * row
+    assert draft.bytes_moved == 2 * weights + (3 + 5) * row + (1 + 2) * row
+
+    running = generation(decoder(0.2), chain(1, "draft2"), "greedy", new_tokens=4)
+    list(running.run())
+    (katz,) = running.lower
+    assert katz.bytes_moved == (katz.passes - 1) * (16 + 8 * katz.table.tokens.shape[1])
+
+
+@each_sampling
+@pytest.mark.parametrize("length", [40, 48, 49, 60])
+def test_draft_of_a_shorter_context(length, sampling):
+    """A prompt that the draft cannot hold, or a text that outgrows it: the oracle goes on alone, with the same text."""
+    oracle = tiny_model(0, 1)
+    short = tiny_model(1, 1)
+    short.config.n_positions = 48
+    short.transformer.wpe.weight.data = short.transformer.wpe.weight.data[:48]
+    decoder = StagedDecoder.from_pretrained(oracle, short, None, device="cpu", dtype="float32")
+    arguments = {"do_sample": sampling == "sampled", "seed": 2}
+    prompt = random_tokens(length)
+    speculated = decoder.generate(prompt, 16, method="tree", **arguments)
+    assert speculated.new_token_ids == decoder.generate(prompt, 16, method="baseline", **arguments).new_token_ids
+    assert (speculated.stats["stages"]["draft"]["passes"] > 0) == (length <= 48)
