@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kernels.layout import Chain, Progress, Rows, Tree
+from kernels.reference.tree import in_numpy
 
 
 def stage_rows(
@@ -25,32 +26,34 @@ def stage_rows(
     and those ancestors of theirs that only a higher stage has run; where there is no room for all, nodes are dropped,
     last ones first. The caches count all of them as seen.
     """
-    length, first = int(progress.length), int(chain.cached_len[cache])
-    if int(reach[0]) < 0:
+    tree, progress, chain = in_numpy(tree), in_numpy(progress), in_numpy(chain)
+    nodes, length, first = nodes.numpy(), int(progress.length[0]), int(chain.cached_len[cache])
+    reachable = reach.numpy()[0] >= 0
+    if not reachable:
         first = length
         nodes = nodes[:0]
     assert length - first <= num_head, f"{length - first} committed tokens to catch up with, room for {num_head}"
-    cached, paths = chain.cached[cache].numpy(), tree.paths.numpy()
-    needed = np.unique(paths[nodes.numpy()])
-    needed = needed[needed > 0]
-    below = needed[cached[needed] == 0]
+    cached = chain.cached[cache]
+    inside = np.zeros(len(cached) + 1, dtype=bool)  # one more for the -1 of paths
+    inside[tree.paths[nodes]] = True
+    below = np.flatnonzero(inside[1:-1] & (cached[1:] == 0)) + 1
     if len(below) > num_rows:
-        dropped = np.isin(paths[nodes.numpy()], below[num_rows:]).any(1)
-        nodes, below = nodes[torch.from_numpy(~dropped)], below[:num_rows]
+        nodes = nodes[~np.isin(tree.paths[nodes], below[num_rows:]).any(1)]
+        below = below[:num_rows]
     cached[below] = 1
-    if int(reach[0]) >= 0:
+    if reachable:
         chain.cached_len[cache] = length
-    head = torch.arange(first, length, dtype=torch.int32)
+    head = np.arange(first, length, dtype=np.int32)
     assert len(head) or not (nodes == 0).any(), "the root is to be scored, but the cache has its K/V already"
-    row_of = len(head) + np.searchsorted(below, nodes.numpy())
-    row_of[nodes.numpy() == 0] = len(head) - 1
-    below = torch.from_numpy(below)
-    return Rows(
-        tokens=torch.cat([progress.text[first:length], tree.tokens[below]]),
-        positions=torch.cat([head, length - 1 + tree.depths[below]]),
-        slot_mapping=torch.cat([chain.page_tables[cache, first:length], chain.node_slots[cache, below]]),
-        paths=torch.cat([tree.paths.new_zeros(len(head), tree.paths.shape[1]), tree.paths[below]]),
+    row_of = len(head) + np.searchsorted(below, nodes)
+    row_of[nodes == 0] = len(head) - 1
+    columns = Rows(
+        tokens=np.concatenate([progress.text[first:length], tree.tokens[below]]),
+        positions=np.concatenate([head, length - 1 + tree.depths[below]]),
+        slot_mapping=np.concatenate([chain.page_tables[cache, first:length], chain.node_slots[cache, below]]),
+        paths=np.concatenate([np.zeros((len(head), tree.paths.shape[1]), np.int32), tree.paths[below]]),
         nodes=nodes,
-        row_of=torch.from_numpy(row_of),
+        row_of=row_of,
         draw_positions=length + tree.depths[nodes],
     )
+    return Rows(*map(torch.from_numpy, columns))

@@ -4,6 +4,8 @@ Every function changes the ``Tree`` it is given in place. Order is always (path 
 child's path score never exceeds its parent's and its index is higher, a parent always comes before its child.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -31,6 +33,11 @@ def new_tree(capacity: int, device: torch.device | str = "cpu", root: int | None
     return tree
 
 
+def in_numpy(columns: NamedTuple) -> NamedTuple:
+    """The same structure over numpy views of its tensors, which must lie on the host; other members stay."""
+    return type(columns)(*(column.numpy() if isinstance(column, torch.Tensor) else column for column in columns))
+
+
 def select_nodes(tree: Tree, stage: int, width: int, max_depth: int | torch.Tensor) -> torch.Tensor:
     """The ``width`` best nodes that ``stage`` has not scored, by path score: int32 [<= width], rising.
 
@@ -38,9 +45,10 @@ def select_nodes(tree: Tree, stage: int, width: int, max_depth: int | torch.Tens
     edge (score -inf) are never taken. What is returned together with what ``stage`` has scored is closed under taking
     parents.
     """
-    n = int(tree.num_nodes)
-    scores = tree.path_scores[:n].numpy()
-    free = (tree.scored[:n].numpy() < stage) & (tree.depths[:n].numpy() <= _number(max_depth)) & (scores > -np.inf)
+    tree = in_numpy(tree)
+    n = tree.num_nodes[0]
+    scores = tree.path_scores[:n]
+    free = (tree.scored[:n] < stage) & (tree.depths[:n] <= _number(max_depth)) & (scores > -np.inf)
     nodes = np.flatnonzero(free)
     best = nodes[np.argsort(-scores[nodes], kind="stable")[:width]]
     return torch.from_numpy(np.sort(best).astype(np.int32))
@@ -60,18 +68,17 @@ def insert_children(
     the stage does not rank is rejected (edge score -inf, and so is its subtree). Path scores of all descendants follow.
     When the tree is full, further children are dropped. A NaN score marks the tree as failed.
     """
-    max_depth = _number(max_depth)
-    if scores.isnan().any():
+    tree, max_depth = in_numpy(tree), _number(max_depth)
+    nodes, children, scores = nodes.numpy(), children.numpy(), scores.numpy()
+    if np.isnan(scores).any():
         tree.failed[0] = stage + 1
-    n = count = int(tree.num_nodes)
-    tokens, parents, depths = tree.tokens.numpy(), tree.parents.numpy(), tree.depths.numpy()
-    edges, sources, paths = tree.edge_scores.numpy(), tree.sources.numpy(), tree.paths.numpy()
-    nodes = nodes.numpy()
-    tree.scored.numpy()[nodes] = stage
+    n = count = int(tree.num_nodes[0])
+    tokens, parents, depths, edges, sources = tree.tokens, tree.parents, tree.depths, tree.edge_scores, tree.sources
+    tree.scored[nodes] = stage
     rescored = np.zeros(n, dtype=bool)
     rescored[nodes] = True
     guessed = 1 + np.flatnonzero(rescored[parents[1:n]])  # all but the root have a parent
-    index_of = {(int(parents[i]), int(tokens[i])): int(i) for i in guessed}
+    index_of = dict(zip(zip(parents[guessed].tolist(), tokens[guessed].tolist(), strict=True), guessed, strict=True))
     edges[guessed] = -np.inf
     for node, row, row_scores in zip(nodes.tolist(), children.tolist(), scores.tolist(), strict=True):
         if depths[node] >= max_depth:
@@ -87,22 +94,23 @@ def insert_children(
                 tokens[index], parents[index], depths[index] = token, node, depths[node] + 1
                 sources[index] = stage
                 tree.scored[index] = -1
-                paths[index] = paths[node]
-                paths[index, depths[index]] = index
+                tree.paths[index] = tree.paths[node]
+                tree.paths[index, depths[index]] = index
             edges[index] = score
             sources[index] = min(sources[index], stage)
     tree.num_nodes[0] = count
-    _sum_paths(tree)
+    sum_paths(tree)
 
 
 def _number(value: int | torch.Tensor) -> int:
-    return value if isinstance(value, int) else int(value.flatten()[0])
+    return value if isinstance(value, int) else value.numpy()[0]
 
 
-def _sum_paths(tree: Tree) -> None:
-    n = int(tree.num_nodes)
-    parents, depths = tree.parents.numpy()[:n], tree.depths.numpy()[:n]
-    edges, sums = tree.edge_scores.numpy()[:n], tree.path_scores.numpy()[:n]
+def sum_paths(tree: Tree) -> None:
+    """Path scores from edge scores, level by level; ``tree`` holds numpy columns."""
+    n = tree.num_nodes[0]
+    parents, depths = tree.parents[:n], tree.depths[:n]
+    edges, sums = tree.edge_scores[:n], tree.path_scores[:n]
     for depth in range(1, int(depths.max(initial=0)) + 1):
         level = np.flatnonzero(depths == depth)
         sums[level] = sums[parents[level]] + edges[level]
@@ -113,9 +121,10 @@ def reroot(tree: Tree, last_accepted: int, next_token: int) -> torch.Tensor:
 
     Returns the old index of every node of the new tree, int32 [num_nodes]; -1 for a root that no stage had proposed.
     """
-    n = int(tree.num_nodes)
-    parents, edges = tree.parents.numpy()[:n], tree.edge_scores.numpy()[:n]
-    below = np.flatnonzero((parents == last_accepted) & (tree.tokens.numpy()[:n] == next_token))
+    tree = in_numpy(tree)
+    n = tree.num_nodes[0]
+    parents, edges = tree.parents[:n], tree.edge_scores[:n]
+    below = np.flatnonzero((parents == last_accepted) & (tree.tokens[:n] == next_token))
     inside = np.zeros(n, dtype=bool)
     inside[below] = True
     kept = [int(below[0])] if len(below) else [-1]
@@ -130,12 +139,12 @@ def reroot(tree: Tree, last_accepted: int, next_token: int) -> torch.Tensor:
         renamed[old] = np.arange(count, dtype=np.int32)
         depth = int(tree.depths[old[0]])
         for column in (tree.tokens, tree.depths, tree.edge_scores, tree.sources, tree.scored):
-            column.numpy()[:count] = column.numpy()[old]
+            column[:count] = column[old]
         tree.depths[:count] -= depth
-        tree.parents.numpy()[:count] = renamed[parents[old]]
+        tree.parents[:count] = renamed[parents[old]]
         shifted = np.full((count, DEPTH_LIMIT + 1), -1, dtype=np.int32)
-        shifted[:, : DEPTH_LIMIT + 1 - depth] = renamed[tree.paths.numpy()[old][:, depth:]]
-        tree.paths.numpy()[:count] = shifted
+        shifted[:, : DEPTH_LIMIT + 1 - depth] = renamed[tree.paths[old][:, depth:]]
+        tree.paths[:count] = shifted
     else:
         tree.tokens[0], tree.scored[0] = next_token, -1
         tree.paths[0] = -1
@@ -143,5 +152,5 @@ def reroot(tree: Tree, last_accepted: int, next_token: int) -> torch.Tensor:
     tree.parents[0], tree.depths[0] = -1, 0
     tree.edge_scores[0] = tree.path_scores[0] = 0.0
     tree.num_nodes[0] = count
-    _sum_paths(tree)
+    sum_paths(tree)
     return torch.from_numpy(old)

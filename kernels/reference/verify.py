@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from kernels.layout import EOS, LENGTH, RUNNING, Chain, Progress, Record, Tree
-from kernels.reference.tree import reroot
+from kernels.reference.tree import in_numpy, reroot
 
 
 def verify_and_commit(
@@ -24,31 +24,33 @@ def verify_and_commit(
     have built below the new root stays, its nodes renumbered, and everything else is spare again. When the generation
     is over, or a stage gave NaN, further calls emit nothing.
     """
+    tree, progress, chain = in_numpy(tree), in_numpy(progress), in_numpy(chain)
     record = progress.record
-    record.zero_()
+    record[:] = 0
     record[Record.STATE] = progress.state[0]
-    if int(progress.state) != RUNNING:
+    if progress.state[0] != RUNNING:
         return
     num_stages = len(progress.contexts)
-    if int(tree.failed) or int(drawn.min()) < 0:
-        progress.state[0] = record[Record.STATE] = -(int(tree.failed) or num_stages)
+    if tree.failed[0] or drawn.numpy().min() < 0:
+        progress.state[0] = record[Record.STATE] = -(tree.failed[0] or num_stages)
         progress.reach[:, 0] = -1
         return
-    length, end, eos = int(progress.length), int(progress.end), progress.eos.tolist()
+    length, end, eos = int(progress.length[0]), int(progress.end[0]), progress.eos.tolist()
     accepted, next_token, ended = verify(tree, rows, drawn, end - length - 1, tuple(eos))
+    accepted = accepted.tolist()
     emitted = tree.tokens[accepted].tolist() + ([] if ended else [next_token])
-    _record(tree, rows.tolist(), accepted.tolist(), emitted, num_stages - 1, record)
-    progress.text[length : length + len(emitted)] = torch.tensor(emitted, dtype=torch.int32)
+    _record(tree, rows.numpy()[1:], accepted, emitted, num_stages - 1, record)
+    progress.text[length : length + len(emitted)] = emitted
     progress.length[0] = length + len(emitted)
     if emitted[-1] in eos:
         progress.state[0] = EOS
     elif length + len(emitted) >= end:
         progress.state[0] = LENGTH
     record[Record.STATE] = progress.state[0]
-    last = accepted[-1].item() if len(accepted) else 0
-    kept = torch.tensor([-1]) if ended else reroot(tree, last, next_token)
+    last = accepted[-1] if accepted else 0
+    kept = [-1] if ended else reroot(tree, last, next_token).tolist()
     for cache in range(len(chain.cached_len)):
-        _commit(chain, cache, length, accepted.tolist(), kept.tolist())
+        _commit(chain, cache, length, accepted, kept)
     _set_reach(progress)
 
 
@@ -68,7 +70,8 @@ def verify(
     Example: root 0 with children 1 ("a") and 2 ("b"), 3 ("c") below 1; drawn "a", "c", "x", "y" at 0, 1, 2, 3: the walk
     goes 0 -> 1 -> 3, accepted [1, 3], next token "y".
     """
-    tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
+    tree = in_numpy(tree)
+    tokens, parents = tree.tokens, tree.parents
     drawn_at = dict(zip(rows.tolist(), drawn.tolist(), strict=True))
     child_of = {(int(parents[i]), int(tokens[i])): i for i in drawn_at if i != 0}
     node, accepted, ended = 0, [], False
@@ -82,25 +85,21 @@ def verify(
     return torch.tensor(accepted, dtype=torch.int32), drawn_at[node], ended
 
 
-def _record(tree: Tree, rows: list[int], accepted: list[int], emitted: list[int], oracle: int, record) -> None:
-    nodes, walk = rows[1:], [0, *accepted]
-    source = dict(zip(nodes, tree.sources[nodes].tolist(), strict=True))
-    parent = dict(zip(nodes, tree.parents[nodes].tolist(), strict=True))
+def _record(tree: Tree, nodes, accepted: list[int], emitted: list[int], oracle: int, record) -> None:
+    sources = tree.sources[nodes]
+    source, parents = dict(zip(nodes.tolist(), sources.tolist(), strict=True)), tree.parents[nodes]
     record[Record.EMITTED] = len(emitted)
-    for node in nodes:
-        record[Record.PROPOSED + source[node]] += 1
-    sources = [source[node] for node in accepted] + [oracle]
-    for i, (token, visited) in enumerate(zip(emitted, walk, strict=False)):
+    np.add.at(record, Record.PROPOSED + sources, 1)
+    origins = [source[node] for node in accepted] + [oracle]
+    for i, (token, visited) in enumerate(zip(emitted, [0, *accepted], strict=False)):
         record[Record.TOKENS + i] = token
-        record[Record.SOURCES + i] = sources[i]
-        for stage in {source[node] for node in nodes if parent[node] == visited}:
-            record[Record.TRIED + i] += 1 << stage
+        record[Record.SOURCES + i] = origins[i]
+        record[Record.TRIED + i] = sum(1 << stage for stage in set(sources[parents == visited].tolist()))
 
 
 def _commit(chain: Chain, cache: int, length: int, accepted: list[int], kept: list[int]) -> None:
     """Link the path's K/V as far as this cache has it, rename the slots of the nodes that stay."""
-    table, slots = chain.page_tables[cache].numpy(), chain.node_slots[cache].numpy()
-    cached = chain.cached[cache].numpy()
+    table, slots, cached = chain.page_tables[cache], chain.node_slots[cache], chain.cached[cache]
     stays = [node for node in kept if node >= 0]
     if chain.cached_len[cache] == length:
         position = length
@@ -118,8 +117,8 @@ def _commit(chain: Chain, cache: int, length: int, accepted: list[int], kept: li
 
 
 def _set_reach(progress: Progress) -> None:
-    length = int(progress.length)
-    deepest = min(int(progress.max_depth), int(progress.end) - length - 1) if int(progress.state) == RUNNING else -1
-    lower = (progress.contexts[:-1] - length).clamp(max=deepest - 1) if deepest >= 0 else -1
-    progress.reach[:-1, 0] = lower
+    length = int(progress.length[0])
+    running = progress.state[0] == RUNNING
+    deepest = min(int(progress.max_depth[0]), int(progress.end[0]) - length - 1) if running else -1
+    progress.reach[:-1, 0] = np.minimum(progress.contexts[:-1] - length, deepest - 1) if deepest >= 0 else -1
     progress.reach[-1, 0] = deepest
