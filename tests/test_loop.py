@@ -139,3 +139,44 @@ def test_draft_of_a_shorter_context(length, sampling):
     speculated = decoder.generate(prompt, 16, method="tree", **arguments)
     assert speculated.new_token_ids == decoder.generate(prompt, 16, method="baseline", **arguments).new_token_ids
     assert (speculated.stats["stages"]["draft"]["passes"] > 0) == (length <= 48)
+
+
+def test_what_a_stage_is_asked_for(decoder, monkeypatch):
+    """Widths, children and tau are those of the configuration, and no tree is deeper than it allows."""
+    running = generation(decoder(0.2), replace(BELOW_DRAFT, max_depth=3, tau=0.5), "greedy")
+    asked = {stage.name: [] for stage in running.stages}
+
+    def noted(stage):
+        score = stage.score
+
+        def score_and_note(state, index, nodes, sampling, num_children, tau):
+            n = int(state.tree.num_nodes)
+            assert state.tree.depths[:n].max() <= 3
+            asked[stage.name].append((len(nodes), num_children, tau))
+            return score(state, index, nodes, sampling, num_children, tau)
+
+        return score_and_note
+
+    for stage in running.stages:
+        monkeypatch.setattr(stage, "score", noted(stage))
+    list(running.run())
+    for name, width, children in (("draft2", 3, 3), ("draft", 5, 3)):
+        assert {tuple(rest) for _, *rest in asked[name]} == {(children, 0.5)}
+        assert max(num_nodes for num_nodes, *_ in asked[name]) == width
+    assert max(num_nodes for num_nodes, *_ in asked["oracle"]) == 1 + BELOW_DRAFT.budget
+
+
+def test_more_nodes_than_a_pass_has_rows(decoder):
+    """Two passes then, parents first: the same text, and both are counted."""
+    wide = SpeculationConfig(("draft",), (5,), (200,), (4,), budget=150, max_depth=6)
+    running = generation(decoder(0.2), wide, "sampled")
+    plain = [token for tokens in generation(decoder(0.2), SpeculationConfig(), "sampled").run() for token in tokens]
+    first = running.step()
+    assert running.lower[0].passes == 6 and running.oracle.passes == 2, "200 nodes in the last round, then 151"
+    assert first + [token for tokens in running.run() for token in tokens] == plain
+
+
+def test_speed_is_tokens_by_seconds(decoder):
+    stats = decoder(0.2).generate([5, 17], 8, method="tree").stats
+    assert stats["seconds"]["total"] > 0
+    assert stats["tokens_per_second"] == pytest.approx(8 / stats["seconds"]["total"])
