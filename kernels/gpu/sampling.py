@@ -240,7 +240,7 @@ def draw(
     if sampling.noise:
         scores = torch.empty(num_rows, vocab_size, **floats)
         arguments |= {"overflow_ptr": overflow, "scores_ptr": scores, "top_k": top_k if top_k < vocab_size else 0}
-        launch(draw_wide_kernel, (num_rows,), arguments, constants, num_warps=8)
+        launch(draw_wide_kernel, (num_rows,), arguments, constants, num_warps=8, alone=True)
     return tokens, children, edges
 
 
