@@ -73,12 +73,12 @@ def launch(
     constants: dict,
     num_warps: int = 4,
     num_stages: int = 1,
-    alone: bool = False,  # a program has a multiprocessor to itself
+    all_registers: bool = False,  # else NVIDIA's assembler may spill a few to fit one more program
 ) -> None:
     """Run ``kernel`` on ``grid``, or record that it would run."""
     # Fused multiply-adds are pinned on: Triton announces another default, and a flip would move bits.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if alone and not _is_amd():  # else ptxas spills a few registers to fit one more program
+    if all_registers and not _is_amd():
         options["maxnreg"] = MAX_REGISTERS
     if (recording := _recording.get()) is not None:
         recording.launches.append(Launch(kernel, grid, arguments, constants, options))
