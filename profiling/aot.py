@@ -2,7 +2,7 @@
 
     python -m profiling.aot --check        # every shape, dtype and architecture; differences from the snapshot
     python -m profiling.aot --reduced      # what the tests compile
-    python -m profiling.aot --model        # where the time of a pass should go, by arithmetic
+    python -m profiling.aot --model        # where the time of a pass and an iteration should go, by arithmetic
 
 What is compiled is what runs: launches are recorded from the public operations, bound to arguments by Triton's own
 binder, and compiled once per binary. Exit status 1 when a gate fails or the snapshot of this Triton version differs.
@@ -16,6 +16,7 @@ import os
 import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,10 @@ from kernels.gpu.linear import linear
 from profiling.aot_snapshot import differences, label, load_snapshot, write_snapshot
 from profiling.cost import model_table, occupancy
 from profiling.iteration import iteration
+from profiling.machine import describe
 from profiling.machine_code import TARGETS, Report, Source, launches, source_of, try_compile
 from profiling.shapes import BUNDLED, SHAPES
+from profiling.waits import reason_table, wait_table
 
 ALL_SHAPES = {**SHAPES, **BUNDLED}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -196,6 +199,24 @@ def tiles_text(source: Source) -> str:
     return f"{text} /{splits} {options}" if splits else f"{text} {options}"
 
 
+def model_tables(archs: list[str]) -> list[str]:
+    """What the passes of GPT-2 Large and the launches between them should cost, and why the latter do."""
+    passes = [model_table(arch, num_rows) for arch in archs for num_rows in (1, 64)]
+    return [*passes, *map(wait_table, archs), reason_table()]
+
+
+def model_document(tables: list[str]) -> str:
+    about = describe()
+    body = "\n\n".join(f"```\n{table}\n```" for table in tables)
+    return f"""# Where the time of GPT-2 Large should go
+
+Modelled, not measured, and fitted to no measurement: `profiling/cost.py`, `profiling/waits.py` and their constants.
+Triton {triton.__version__}, commit {about["commit"]}, {about["date"]}, `{about["command"]}`.
+
+{body}
+"""
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m profiling.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, help="default: all")
@@ -207,6 +228,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="compare with the snapshot of this Triton version")
     parser.add_argument("--update", action="store_true", help="rewrite that snapshot; takes every default")
     parser.add_argument("--model", action="store_true", help="print the cost model's tables for GPT-2 Large and stop")
+    parser.add_argument("--out", type=Path, help="with --model: also write them here, as Markdown")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     chosen = (args.arch, args.shapes, args.dtypes, args.head_dims)
@@ -249,7 +271,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args = parse(argv)
     if args.model:
-        print("\n\n".join(model_table(arch, num_rows) for arch in args.arch or TARGETS for num_rows in (1, 64)))
+        tables = model_tables(args.arch or list(TARGETS))
+        print("\n\n".join(tables))
+        if args.out:
+            args.out.write_text(model_document(tables), encoding="utf-8")
         return 0
     jobs, problems = jobs_for(args)
     rows = compile_all(jobs, args.processes)

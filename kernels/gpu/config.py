@@ -27,6 +27,7 @@ class LinearTiles:
     splits: int = 1
     num_warps: int = 4
     num_stages: int = 3
+    all_registers: bool = False  # rather than a few spilled to fit one more program
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.outputs}x{self.depth} /{self.splits} w{self.num_warps} s{self.num_stages}"
@@ -92,8 +93,10 @@ def prefill_tiles(arch: str, dtype: torch.dtype) -> LinearTiles:
     if arch == "interpreter":
         return LinearTiles(64, 128, 128)
     if dtype == torch.float32:
-        return LinearTiles(32, 64, 32, 1, 8, 2)
-    return LinearTiles(128, 128, 64, 1, 8, 3) if arch.startswith("sm_") else LinearTiles(128, 128, 32, 1, 8, 2)
+        return LinearTiles(32, 64, 32, 1, 8, 3, all_registers=True)
+    if arch.startswith("gfx"):  # 8 waves would load less than 16 bytes a thread of 64 outputs
+        return LinearTiles(128, 128, 32, 1, 4, 2)
+    return LinearTiles(128, 128, 64, 1, 8, 3)
 
 
 def attention_tiles(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionTiles:

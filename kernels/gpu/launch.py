@@ -18,6 +18,7 @@ from kernels.layout import ALIGNMENT
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 NUM_ARRIVALS = 65536  # counters that one launch may need
+MAX_REGISTERS = 255  # that a thread of an NVIDIA GPU can name
 
 
 class Launch(NamedTuple):
@@ -66,15 +67,28 @@ def interpreting() -> bool:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, num_warps: int = 4, num_stages: int = 1
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict,
+    constants: dict,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    all_registers: bool = False,  # else NVIDIA's assembler may spill a few to fit one more program
 ) -> None:
     """Run ``kernel`` on ``grid``, or record that it would run."""
     # Fused multiply-adds are pinned on: Triton announces another default, and a flip would move bits.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if all_registers and not _is_amd():
+        options["maxnreg"] = MAX_REGISTERS
     if (recording := _recording.get()) is not None:
         recording.launches.append(Launch(kernel, grid, arguments, constants, options))
     else:
         kernel[grid](**arguments, **constants, **options)
+
+
+def _is_amd() -> bool:
+    recording = _recording.get()
+    return recording.arch.startswith("gfx") if recording else torch.version.hip is not None
 
 
 def require(

@@ -307,5 +307,6 @@ def linear(
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        all_registers=tiles.all_registers,
     )
     return out

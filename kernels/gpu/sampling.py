@@ -240,7 +240,7 @@ def draw(
     if sampling.noise:
         scores = torch.empty(num_rows, vocab_size, **floats)
         arguments |= {"overflow_ptr": overflow, "scores_ptr": scores, "top_k": top_k if top_k < vocab_size else 0}
-        launch(draw_wide_kernel, (num_rows,), arguments, constants, num_warps=8)
+        launch(draw_wide_kernel, (num_rows,), arguments, constants, num_warps=8, all_registers=True)
     return tokens, children, edges
 
 
@@ -265,4 +265,5 @@ def _draw_narrow(arguments, constants, logits, tile_maxima, overflow, top_k: int
         "top_k": top_k,
     }
     sizes = {"TILES": tiles, "SLOTS": slots, "BLOCK_MAXIMA": triton.next_power_of_2(num_tiles), "NOISE": noise}
-    launch(_draw_narrow_kernel, (num_rows,), arguments | scratch, constants | shared | sizes, num_warps=8)
+    pointers, constants = arguments | scratch, constants | shared | sizes
+    launch(_draw_narrow_kernel, (num_rows,), pointers, constants, num_warps=8, all_registers=True)

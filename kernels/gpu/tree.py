@@ -206,6 +206,7 @@ def insert_children(
             "BLOCK_PATH": BLOCK_PATH,
         },
         num_warps=8,
+        all_registers=True,
     )
 
 
