@@ -31,6 +31,7 @@ class Generation:
         limits: Limits,
         config: SpeculationConfig,
     ):
+        self.start = time.perf_counter()
         self.lower, self.oracle, self.sampling, self.config = lower, oracle, sampling, config
         self.ops = oracle.model.ops
         self.lower_sampling = sampling if config.shared_noise else sampling._replace(noise=False)
@@ -103,7 +104,7 @@ class Generation:
 
     def run(self):
         """Yield the tokens of each iteration until the generation is finished."""
-        start = time.perf_counter()
         while self.finish_reason is None:
-            yield self.step()
-            self.stats.seconds = time.perf_counter() - start
+            emitted = self.step()
+            self.stats.seconds = time.perf_counter() - self.start
+            yield emitted

@@ -180,3 +180,10 @@ def test_speed_is_tokens_by_seconds(decoder):
     stats = decoder(0.2).generate([5, 17], 8, method="tree").stats
     assert stats["seconds"]["total"] > 0
     assert stats["tokens_per_second"] == pytest.approx(8 / stats["seconds"]["total"])
+
+
+def test_the_seconds_hold_the_prefill(decoder):
+    """With a long prompt and one token, most of the time is prefill: it is in the total, and no part is negative."""
+    out = decoder(0.2).generate(random_tokens(60, vocab_size=VOCAB), 1, method="baseline")
+    seconds = out.stats["seconds"]
+    assert seconds["total"] > out.stats["prefill_seconds"] > 0 and seconds["host"] >= 0

@@ -103,7 +103,8 @@ def _draw_narrow_kernel(
     num_survivors = tl.sum(wanted.to(tl.int32))
     place = tl.cumsum(wanted.to(tl.int32), 0) - 1
     wanted = wanted & (place < SLOTS)
-    tl.store(ids_ptr + row * SLOTS + place, token, mask=wanted)
+    chosen = tl.load(tiles_ptr + row * TILES + lane // TILE, mask=wanted, other=0, volatile=True)  # spares registers
+    tl.store(ids_ptr + row * SLOTS + place, chosen * TILE + lane % TILE, mask=wanted)
     tl.store(values_ptr + row * SLOTS + place, value, mask=wanted)
     if overflow_ptr is not None:
         overflows = (num_tiles > TILES) | (num_survivors > SLOTS)
