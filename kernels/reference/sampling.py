@@ -9,9 +9,11 @@ noise fixed, sampling is greedy decoding of perturbed scores, and a node's child
 
 import math
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from kernels.layout import Sampling
+from kernels.layout import VOCAB_TILE, Sampling
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -19,7 +21,7 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
 def philox(seed: int, counters: tuple[torch.Tensor, ...], rounds: int = 10) -> tuple[torch.Tensor, ...]:
-    """Philox4x32 (Salmon et al., SC'11): four counter words -> four random words, int64 tensors holding 32 bits.
+    """Philox4x32 (Salmon et al., SC'11): four counter words -> four random words, int64 tensors or numpy arrays.
 
     ``seed`` is the 64-bit key, low word first.
     """
@@ -40,8 +42,12 @@ def gumbel_noise(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> to
     noise comes from u near 0, where the words are 2^-32 apart, so that rare tokens are drawn at their rate.
     """
     token, position = torch.broadcast_tensors(tokens.long(), positions.long())
-    zero = torch.zeros_like(token)
-    word = philox(seed, (token, position, zero, zero))[0]
+    if token.device.type == "cpu":  # numpy is faster with small arrays
+        zero = np.zeros(token.shape, dtype=np.int64)
+        word = torch.from_numpy(philox(seed, (token.numpy(), position.numpy(), zero, zero))[0])
+    else:
+        zero = torch.zeros_like(token)
+        word = philox(seed, (token, position, zero, zero))[0]
     uniform = (word.double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-uniform)).float()
 
@@ -68,33 +74,41 @@ def draw(
     plain = scores
     if sampling.noise:
         scores = scores + gumbel_noise(sampling.seed, positions[:, None], ids)
-    drawn = scores.argmax(-1, keepdim=True)  # the first of equal scores, and ids rise along a row
+    width = min(num_children, vocab_size)
+    best = _best(scores, width) if width else scores.argmax(-1, keepdim=True)  # the first of equal scores
+    drawn = best[:, :1]
     if log_probs is not None:
         log_probs.copy_(plain.log_softmax(-1).gather(1, drawn).squeeze(1))
     ids = ids.expand_as(scores)
     tokens = ids.gather(1, drawn).masked_fill(scores.gather(1, drawn).isnan(), -1).int().squeeze(1)
-    width = min(num_children, vocab_size)
     if width == 0:
         return tokens, tokens.new_empty(len(tokens), 0), scores.new_empty(len(tokens), 0)
-    best = _best(scores, width)
     if child_log_probs is not None:
         child_log_probs.copy_(plain.log_softmax(-1).gather(1, best))
-    edges = scores.gather(1, best) / tau - torch.logsumexp(scores / tau, dim=-1, keepdim=True)
+    edges = (scores / tau).log_softmax(-1).gather(1, best)
     return tokens, ids.gather(1, best).int(), edges
 
 
 def _best(scores: torch.Tensor, width: int) -> torch.Tensor:
-    """Indices of the ``width`` largest scores of each row, falling; equal ones by rising index."""
-    values, indices = scores.topk(min(width + 1, scores.shape[1]), dim=-1)
-    if not bool((values[:, 1:] == values[:, :-1]).any()):
-        return indices[:, :width]
-    scores = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # topk alone orders ties as it likes
-    last = scores.topk(width, dim=-1).values[:, -1:]
-    above, equal = scores > last, scores == last
-    chosen = above | (equal & (equal.cumsum(1) <= width - above.sum(1, keepdim=True)))
-    ids = chosen.nonzero()[:, 1].view(-1, width)
-    order = scores.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
-    return ids.gather(1, order)
+    """Indices of the ``width`` largest scores of each row, NaN before all, falling; equal ones by rising index.
+
+    They lie in the ``width`` best tiles, compared by their maxima, equal ones by rising index: as many scores precede
+    whatever lies in another tile.
+    """
+    if scores.shape[1] <= width * VOCAB_TILE:
+        return _ranked(scores, width)
+    tiles = F.pad(scores, (0, -scores.shape[1] % VOCAB_TILE), value=-math.inf).unflatten(1, (-1, VOCAB_TILE))
+    chosen = _ranked(tiles.amax(-1), width).sort(-1).values
+    found = _ranked(tiles.gather(1, chosen[..., None].expand(-1, -1, VOCAB_TILE)).flatten(1), width)
+    return chosen.gather(1, found // VOCAB_TILE) * VOCAB_TILE + found % VOCAB_TILE
+
+
+def _ranked(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """``_best`` of short rows: by 64-bit keys of score and index."""
+    bits = (scores + 0.0).view(torch.int32)
+    bits = torch.where(scores.isnan(), 2**31 - 1, bits ^ (bits >> 31 & 0x7FFFFFFF))
+    last = scores.shape[1] - 1
+    return ((bits.long() << 32) + torch.arange(last, -1, -1, device=scores.device)).topk(width, dim=-1).indices
 
 
 def _candidates(logits: torch.Tensor, sampling: Sampling, at_least: int) -> tuple[torch.Tensor, torch.Tensor]:
