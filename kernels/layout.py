@@ -33,7 +33,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def shared_end(positions: torch.Tensor) -> torch.Tensor:
     """First position of the tail of queries at ``positions`` [N]; see the module docstring."""
-    return (positions - DEPTH_LIMIT).clamp(min=0).div(TAIL_ALIGNMENT, rounding_mode="floor") * TAIL_ALIGNMENT
+    return (positions - DEPTH_LIMIT).clip(0) // TAIL_ALIGNMENT * TAIL_ALIGNMENT
 
 
 class Tree(NamedTuple):

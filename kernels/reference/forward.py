@@ -8,6 +8,7 @@ pieces without tails. Dimension letters are explained in ``model/config.py``.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -84,18 +85,25 @@ def route(
     slot_mapping: torch.Tensor,  # int32 [N], where each row's K/V goes, -1 = nowhere
 ) -> Route:
     """Resolve positions and paths to slots, once per pass, for ``layer_norm_qkv`` and ``tree_attention``."""
-    tails = path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots)
-    ends = shared_end(positions)
-    blocks = []
+    device = positions.device
+
+    def put(array: np.ndarray, dtype: type) -> torch.Tensor:
+        return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
+
+    arguments = (page_table, committed, sequences, positions, paths, node_slots, slot_mapping)
+    page_table, committed, sequences, positions, paths, node_slots, slot_mapping = map(_on_host, arguments)
+    tails = _path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots)
+    ends, blocks = shared_end(positions), []
     for start in range(0, len(positions), ROW_BLOCK):
         rows = slice(start, min(start + ROW_BLOCK, len(positions)))
-        tail = F.pad(tails[rows], (0, 0, 0, -(rows.stop - start) % _TAIL_ROWS), value=NULL_PAGE)
-        windows = _windows(page_table, page_size, sequences[rows], ends[rows])
-        blocks.append(Block(rows, tail.flatten().long(), (tail < page_size)[:, None], *windows))
-    if bool((slot_mapping >= 0).all()):
-        return Route(None, slot_mapping.long(), blocks)
-    write_rows = (slot_mapping >= 0).nonzero().squeeze(1)
-    return Route(write_rows, slot_mapping[write_rows].long(), blocks)
+        tail = np.full((-(-(rows.stop - start) // _TAIL_ROWS) * _TAIL_ROWS, TAIL_LANES), NULL_PAGE)
+        tail[: rows.stop - start] = tails[rows]
+        slots, dead = _windows(page_table, page_size, sequences[rows], ends[rows])
+        masks = put((tail < page_size)[:, None], bool), put(dead, bool)
+        blocks.append(Block(rows, put(tail.ravel(), np.int64), masks[0], put(slots, np.int64), masks[1]))
+    write_rows = np.flatnonzero(slot_mapping >= 0)
+    every = None if len(write_rows) == len(slot_mapping) else put(write_rows, np.int64)
+    return Route(every, put(slot_mapping[write_rows], np.int64), blocks)
 
 
 def path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> torch.Tensor:
@@ -104,29 +112,40 @@ def path_slots(page_table, page_size, committed, sequences, positions, paths, no
     Lane j of a row at position p stands for position shared_end(p) + j. Committed positions are found through the page
     table, later ones through the row's path: position ``committed - 1 + d`` is its ancestor at depth d.
     """
-    lanes = shared_end(positions)[:, None] + _arange(TAIL_LANES, positions)  # [N, TAIL_LANES]
+    later = map(_on_host, (committed, sequences, positions, paths, node_slots))
+    slots = _path_slots(_on_host(page_table), page_size, *later)
+    return torch.from_numpy(slots.astype(np.int32)).to(positions.device)
+
+
+def _path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> np.ndarray:
+    lanes = shared_end(positions)[:, None] + np.arange(TAIL_LANES, dtype=np.int32)  # [N, TAIL_LANES]
     num_committed = committed[sequences][:, None]
-    in_table = torch.minimum(lanes, num_committed - 1)
+    in_table = np.minimum(lanes, num_committed - 1)
     table = page_table[sequences[:, None], in_table // page_size] * page_size + in_table % page_size
-    depth = (lanes - num_committed + 1).clamp(0, paths.shape[1] - 1)
-    nodes = paths.gather(1, depth.long()).clamp(min=0)
-    slots = torch.where(lanes < num_committed, table, node_slots[nodes])
-    return torch.where((lanes <= positions[:, None]) & (slots >= 0), slots, NULL_PAGE)
+    depth = (lanes - num_committed + 1).clip(0, paths.shape[1] - 1)
+    nodes = np.take_along_axis(paths, depth, 1).clip(0)
+    slots = np.where(lanes < num_committed, table, node_slots[nodes])
+    return np.where((lanes <= positions[:, None]) & (slots >= 0), slots, NULL_PAGE)
 
 
-def _windows(page_table, page_size, sequences, ends) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(page_table, page_size, sequences, ends) -> tuple[np.ndarray, np.ndarray]:
     """Slots and dead lanes of the windows that a block's rows share; lanes dead for all rows read the null page."""
-    padding = ROW_BLOCK - len(ends)
     slots, dead = [], []
-    for sequence in range(page_table.shape[0]):
-        mine = F.pad(ends * (sequences == sequence), (0, padding))  # [ROW_BLOCK]
-        end = int(mine.max())
-        lanes = _arange(-(-end // SHARED_WINDOW) * SHARED_WINDOW, ends)
-        pages = (lanes // page_size).clamp(max=page_table.shape[1] - 1)
+    for sequence in range(len(page_table)):
+        mine = np.zeros(ROW_BLOCK, dtype=np.int32)
+        mine[: len(ends)] = ends * (sequences == sequence)
+        end = mine.max()
+        mine[len(ends) :] = end  # padding is alive, as exp(-inf) takes long
+        lanes = np.arange(-(-end // SHARED_WINDOW) * SHARED_WINDOW, dtype=np.int32)
+        pages = (lanes // page_size).clip(0, page_table.shape[1] - 1)
         found = page_table[sequence, pages] * page_size + lanes % page_size
-        slots.append(torch.where(lanes < end, found, NULL_PAGE).long())
-        dead.append(lanes.view(-1, 1, 1, SHARED_WINDOW) >= mine[:, None])
-    return torch.cat(slots), torch.cat(dead)
+        slots.append(np.where(lanes < end, found, NULL_PAGE))
+        dead.append(lanes.reshape(-1, 1, 1, SHARED_WINDOW) >= mine[:, None])
+    return np.concatenate(slots), np.concatenate(dead)
+
+
+def _on_host(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()
 
 
 def layer_norm_qkv(
@@ -160,7 +179,7 @@ def tree_attention(
     """Each row attends to its own path: softmax(scale q k) v -> [N, H * D], sums in float32.
 
     Work is cut into blocks of ROW_BLOCK rows. The maximum over all keys is exact in any order; the weighted sums are
-    taken window by window in position order, then the tail. A dead lane has weight zero and reads finite values.
+    taken of the tail, then window by window in position order. A dead lane has weight zero and reads finite values.
     """
     parts = [_attention_block(q[block.rows], k_cache, v_cache, block, scale) for block in route.blocks]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1).to(q.dtype)
@@ -170,49 +189,45 @@ def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.T
     """At most ROW_BLOCK rows: float32 [n, H, D]."""
     live, heads, dim = q.shape
     rows, num_windows = len(block.tail_dead), len(block.window_dead)
-    queries = F.pad(q.float() * scale, (0, 0, 0, 0, 0, rows - live))  # [rows, H, D]
-    keys = _gather(k_cache, block.tail_slots, rows)  # [rows * H, TAIL_LANES, D]
+    queries = q.float() * scale
+    if live < rows:
+        queries = F.pad(queries, (0, 0, 0, 0, 0, rows - live))  # [rows, H, D]
+    tail_rows = _head_rows(block.tail_slots, rows, heads)
+    keys = _gather(k_cache, tail_rows)  # [rows * H, TAIL_LANES, D]
     tail = torch.bmm(queries.view(-1, 1, dim), keys.transpose(1, 2)).view(rows, heads, TAIL_LANES)
     tail = tail.masked_fill_(block.tail_dead, _DEAD)
     maximum = tail.amax(-1)  # [rows, H]
-    if num_windows == 0:
-        weights = torch.exp(tail - maximum[..., None])
-        total, mixed = weights.sum(-1), _mix(weights, v_cache, block.tail_slots)
-        return (mixed / total[..., None])[:live]
+    if num_windows > 0:
+        by_head = F.pad(queries, (0, 0, 0, 0, 0, ROW_BLOCK - rows)).transpose(0, 1)  # [H, ROW_BLOCK, D]
+        by_head = by_head.expand(num_windows, -1, -1, -1).reshape(-1, ROW_BLOCK, dim)
+        window_rows = _head_rows(block.window_slots, num_windows, heads)
+        keys = _gather(k_cache, window_rows)  # [W * H, SHARED_WINDOW, D]
+        scores = torch.bmm(by_head, keys.transpose(1, 2)).view(num_windows, heads, ROW_BLOCK, SHARED_WINDOW)
+        scores = scores.masked_fill_(block.window_dead, _DEAD)
+        maximum = torch.maximum(maximum, scores.amax(-1).amax(0).t()[:rows])
 
-    by_head = F.pad(queries, (0, 0, 0, 0, 0, ROW_BLOCK - rows)).transpose(0, 1)  # [H, ROW_BLOCK, D]
-    by_head = by_head.expand(num_windows, -1, -1, -1).reshape(-1, ROW_BLOCK, dim)
-    keys = _gather(k_cache, block.window_slots, num_windows)  # [W * H, SHARED_WINDOW, D]
-    scores = torch.bmm(by_head, keys.transpose(1, 2)).view(num_windows, heads, ROW_BLOCK, SHARED_WINDOW)
-    scores = scores.masked_fill_(block.window_dead, _DEAD)
-    maximum = torch.maximum(maximum, scores.amax((0, -1)).t()[:rows])
-
-    weights = torch.exp(scores - F.pad(maximum, (0, 0, 0, ROW_BLOCK - rows)).t()[..., None])
-    values = _gather(v_cache, block.window_slots, num_windows)
-    products = torch.bmm(weights.view(-1, ROW_BLOCK, SHARED_WINDOW), values).view(num_windows, heads, ROW_BLOCK, dim)
-    total, mixed = weights[0].sum(-1), products[0]
-    for window in range(1, num_windows):
-        total, mixed = total + weights[window].sum(-1), mixed + products[window]
     weights = torch.exp(tail - maximum[..., None])
-    total = total.t()[:rows] + weights.sum(-1)
-    mixed = mixed.transpose(0, 1)[:rows] + _mix(weights, v_cache, block.tail_slots)
+    total = weights.sum(-1)  # [rows, H]
+    mixed = torch.bmm(weights.view(-1, 1, TAIL_LANES), _gather(v_cache, tail_rows)).view_as(queries)
+    if num_windows > 0:
+        weights = torch.exp_(scores - F.pad(maximum, (0, 0, 0, ROW_BLOCK - rows)).t()[..., None])
+        products = torch.bmm(weights.view(-1, ROW_BLOCK, SHARED_WINDOW), _gather(v_cache, window_rows))
+        sums, products = weights.sum(-1), products.view(num_windows, heads, ROW_BLOCK, dim)
+        for window in range(num_windows):
+            total = total + sums[window].t()[:rows]
+            mixed = mixed + products[window].transpose(0, 1)[:rows]
     return (mixed / total[..., None])[:live]
 
 
-def _mix(weights: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Sum of each row's values: weights [rows, H, TAIL_LANES], slots [rows * TAIL_LANES] -> [rows, H, D]."""
-    rows, heads, lanes = weights.shape
-    return torch.bmm(weights.view(-1, 1, lanes), _gather(v_cache, slots, rows)).view(rows, heads, -1)
+def _head_rows(slots: torch.Tensor, groups: int, heads: int) -> torch.Tensor:
+    """Rows of a cache seen as [slots * H, D] that hold ``slots`` [groups * n], head by head: [groups * H, n]."""
+    head = torch.arange(heads, device=slots.device)[:, None]
+    return (slots.view(groups, 1, -1) * heads + head).flatten(0, 1)
 
 
-def _gather(cache: torch.Tensor, slots: torch.Tensor, groups: int) -> torch.Tensor:
-    """Rows of cache [slots, H, D] at slots [groups * n], head by head: float32 [groups * H, n, D]."""
-    rows = cache.index_select(0, slots).view(groups, -1, *cache.shape[1:]).transpose(1, 2)
-    return rows.new_empty(rows.shape, dtype=torch.float32).copy_(rows).flatten(0, 1)
-
-
-def _arange(end: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.arange(end, dtype=torch.int32, device=like.device)
+def _gather(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` [groups * H, n] of a cache [slots, H, D]: float32 [groups * H, n, D]."""
+    return cache.flatten(0, 1).index_select(0, rows.flatten()).float().view(*rows.shape, -1)
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -247,16 +262,17 @@ def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> tor
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None):
     """activation(x @ weight.T + bias), ROW_BLOCK rows at a time; ``weight`` plain or ``packed``."""
     num_rows = x.shape[0]
-    padding = -num_rows % ROW_BLOCK
-    if padding:
-        x = F.pad(x, (0, 0, 0, padding))
-    blocks = [_product(block, weight, bias, activation) for block in x.split(ROW_BLOCK)]
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:num_rows]
+    if num_rows == ROW_BLOCK:
+        return _product(x, weight, bias, activation)
+    x = F.pad(x, (0, 0, 0, -num_rows % ROW_BLOCK))
+    if num_rows < ROW_BLOCK:
+        return _product(x, weight, bias, activation)[:num_rows]
+    return torch.cat([_product(block, weight, bias, activation) for block in x.split(ROW_BLOCK)])[:num_rows]
 
 
 def _product(block: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None):
     if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(block, weight, bias, *_FUSED[activation])
+        return torch.ops.mkldnn._linear_pointwise.default(block, weight, bias, *_FUSED[activation])
     y = F.linear(block, weight, bias)
     return y if activation is None else _elementwise(_ACTIVATIONS[activation], y)
 
