@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kernels.layout import DEPTH_LIMIT, Sampling
 
+MAX_WIDTH = 1024  # nodes that one launch selects, rounds, and children
 METHODS = ("baseline", "speculative", "tree", "staged")
 
 
@@ -61,8 +62,8 @@ class SpeculationConfig:
                     f"{name} must have one entry per stage, got {len(values)} for {len(self.stages)} stages"
                 )
             for value in values:
-                _require_integer(name, value, lambda v: v >= 1, "at least 1")
-        _require_integer("budget", self.budget, lambda v: v >= 0, "at least 0")
+                _require_integer(name, value, lambda v: 1 <= v <= MAX_WIDTH, f"in [1, {MAX_WIDTH}]")
+        _require_integer("budget", self.budget, lambda v: 0 <= v < MAX_WIDTH, f"in [0, {MAX_WIDTH - 1}]")
         _require_integer("max_depth", self.max_depth, lambda v: 1 <= v <= DEPTH_LIMIT, f"in [1, {DEPTH_LIMIT}]")
         _require_number("tau", self.tau, lambda v: v > 0, "above 0")
 

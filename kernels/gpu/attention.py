@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.arrival import arrive
 from kernels.gpu.config import AttentionTiles, attention_tiles
-from kernels.gpu.launch import architecture, arrivals, launch
+from kernels.gpu.launch import architecture, arrivals, is_amd, launch
 from kernels.gpu.route import Route
 from kernels.layout import DEPTH_LIMIT, TAIL_ALIGNMENT, TAIL_LANES
 
@@ -149,6 +150,7 @@ def _tree_attention_kernel(
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
+    AMD: tl.constexpr,
     WINDOW: tl.constexpr,
     LANES: tl.constexpr,
     STEP: tl.constexpr,
@@ -211,9 +213,8 @@ def _tree_attention_kernel(
         tail_state = PARTS * stride_part + tail_row * H + head
         _leave(mixed_ptr, maxima_ptr, sums_ptr, tail_state, mask_tail, tail_maximum, tail_total, tail_mixed, D)
 
-    tl.debug_barrier()
     arrival_ptr = arrivals_ptr + block * H + head
-    if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") < PARTS + BLOCK_ROWS // TAIL_ROWS - 1:
+    if arrive(arrival_ptr, AMD) < PARTS + BLOCK_ROWS // TAIL_ROWS - 1:
         return
     tl.store(arrival_ptr, 0)
     rows = first.to(tl.int64) + tl.arange(0, BLOCK_ROWS)
@@ -284,6 +285,7 @@ def tree_attention(
             "D": dim,
             "PAGE_SIZE": route.page_size,
             "PARTS": parts,
+            "AMD": is_amd(),
             "WINDOW": tiles.window,
             "LANES": TAIL_LANES,
             "STEP": tiles.tail_step,

@@ -70,9 +70,9 @@ def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.d
         return LinearTiles(16, 32, 32, cut(32, 32), 4 if arch.startswith("gfx") else 8, 3)
     if arch.startswith("gfx"):
         return LinearTiles(64, 64, 64, cut(64, 64), 4, 2)
-    if arch in ("sm_80", "sm_89"):  # 99 KiB of shared memory on sm_89
-        return LinearTiles(64, 64, 64, cut(64, 64), 4, 4)
-    return LinearTiles(64, 64, 128, cut(64, 128), 4, 4)
+    if arch in ("sm_90", "sm_100"):
+        return LinearTiles(64, 64, 128, cut(64, 128), 4, 4)
+    return LinearTiles(64, 64, 64, cut(64, 64), 4, 4)  # within the 99 KiB of shared memory of sm_86, sm_89, sm_120
 
 
 def _splits(num_tiles: int, num_steps: int, num_programs: int) -> int:

@@ -78,7 +78,7 @@ def launch(
     """Run ``kernel`` on ``grid``, or record that it would run."""
     # Fused multiply-adds are pinned on: Triton announces another default, and a flip would move bits.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if all_registers and not _is_amd():
+    if all_registers and not is_amd():
         options["maxnreg"] = MAX_REGISTERS
     if (recording := _recording.get()) is not None:
         recording.launches.append(Launch(kernel, grid, arguments, constants, options))
@@ -86,7 +86,8 @@ def launch(
         kernel[grid](**arguments, **constants, **options)
 
 
-def _is_amd() -> bool:
+def is_amd() -> bool:
+    """Whether the launch goes, or would go, to an AMD GPU."""
     recording = _recording.get()
     return recording.arch.startswith("gfx") if recording else torch.version.hip is not None
 

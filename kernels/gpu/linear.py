@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.arrival import arrive
 from kernels.gpu.config import LinearTiles, linear_tiles, prefill_tiles
-from kernels.gpu.launch import FLOATS, architecture, arrivals, launch, require
+from kernels.gpu.launch import FLOATS, architecture, arrivals, is_amd, launch, require
 from kernels.layout import MAX_ROWS, VOCAB_TILE
 
 _ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2}
@@ -156,6 +157,7 @@ def _linear_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    AMD: tl.constexpr,
 ):
     """Grid (row tiles, output tiles, SPLITS): [BLOCK_ROWS, BLOCK_OUT] outputs over one split of K.
 
@@ -197,9 +199,8 @@ def _linear_kernel(
         mask = mask_row[:, None] & mask_out[None, :]
         stride = num_rows.to(tl.int64) * M
         tl.store(partial_ptr + split * stride + offs, acc, mask=mask)
-        tl.debug_barrier()
         arrival_ptr = arrivals_ptr + row_tile * tl.num_programs(1) + tile
-        if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") < SPLITS - 1:
+        if arrive(arrival_ptr, AMD) < SPLITS - 1:
             return
         tl.store(arrival_ptr, 0)
         acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
@@ -257,6 +258,11 @@ def linear(
         raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {activation!r}")
     if num_rows < 1:
         raise ValueError("x must have at least one row, got 0")
+    if (out.dtype, out.device, len(out)) != (dtype, device, num_rows) or out.stride(-1) != 1:
+        raise ValueError(
+            f"out must hold {num_rows} rows of {dtype} and stride 1 on {device}, "
+            f"got {out.dtype} {list(out.shape)}, strides {out.stride()} on {out.device}"
+        )
     arch = architecture(device)
     if tiles is None and num_rows > MAX_ROWS:
         tiles = prefill_tiles(arch, dtype)
@@ -300,6 +306,7 @@ def linear(
             "OUT_STRIDE": out.stride(0),
             "EPS": eps,
             "ACTIVATION": _ACTIVATIONS[activation],
+            "AMD": is_amd(),
             "BLOCK_ROWS": tiles.rows,
             "BLOCK_OUT": tiles.outputs,
             "BLOCK_K": tiles.depth,

@@ -75,8 +75,7 @@ def _lookup_kernel(
     previous = _previous(node, node >= 0, tree_tokens_ptr, parents_ptr, text_ptr, length)
     key = previous * V + last
     offs = tl.arange(0, PROBES)
-    bucket = _hash(key, num_buckets) + offs
-    bucket = tl.where(bucket >= num_buckets, bucket - num_buckets, bucket)
+    bucket = (_hash(key, num_buckets) + offs) & (num_buckets - 1)
     hit = (tl.load(keys_ptr + bucket) == key) & (previous >= 0)
     probe = first(hit, offs, PROBES)
     found = tl.max(tl.where(offs == probe, bucket, -1))
@@ -130,6 +129,7 @@ def lookup_nodes(
     require_progress(progress, device)
     require("nodes", nodes, (None,), torch.int32, device)
     require("keys", table.keys, (None,), torch.int64, device)
+    _require_power_of_two("keys", table.keys)
     require("rows", table.rows, (len(table.keys),), torch.int32, device)
     require("tokens", table.tokens, (None, None), torch.int32, device)
     require("log_probs", table.log_probs, tuple(table.tokens.shape), torch.float32, device)
@@ -180,9 +180,15 @@ def lookup_nodes(
     return children, scores
 
 
+def _require_power_of_two(name: str, buckets: torch.Tensor) -> None:
+    if len(buckets).bit_count() != 1:
+        raise ValueError(f"{name} must have a power of two of buckets, got {len(buckets)}")
+
+
 def require_recent(recent: RecentTable, device: torch.device) -> int:
     """Raise ValueError unless ``recent`` is what the kernels read; its width."""
     num_buckets, width = recent.tokens.shape
+    _require_power_of_two("recent.keys", recent.keys)
     require("recent.keys", recent.keys, (num_buckets,), torch.int64, device)
     require("recent.tokens", recent.tokens, (num_buckets, width), torch.int32, device)
     require("recent.log_probs", recent.log_probs, (num_buckets, width), torch.float32, device)

@@ -39,7 +39,8 @@ def _candidates(value, exists, temperature, top_k, NOISE: tl.constexpr, BITS: tl
     keys = tl.where(exists, order(value) & seen_by_search, -2147483648)
     if NOISE:
         reached = exists & (keys >= kth_largest(keys, top_k, BITS))
-        return exists & (value / temperature >= tl.min(tl.where(reached, value, float("inf"))) / temperature)
+        least = tl.min(tl.where(reached, value, float("inf")))
+        return exists & (tl.div_rn(value, temperature) >= tl.div_rn(least, temperature))
     else:
         return best(keys, exists, top_k, BITS)
 
@@ -118,8 +119,8 @@ def _draw_narrow_kernel(
     score = tl.load(values_ptr + row * SLOTS + lane, mask=exists, other=float("-inf"))
     largest = tl.max(score)
     if NOISE:
-        score = score / temperature
-        largest = largest / temperature
+        score = tl.div_rn(score, temperature)
+        largest = tl.div_rn(largest, temperature)
         if NUCLEUS:
             keys = tl.where(exists, order(score), -2147483648)
             mass = tl.where(exists, tl.exp(score - largest), 0.0)

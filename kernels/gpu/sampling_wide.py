@@ -13,7 +13,7 @@ def _row_block(logits_row_ptr, start, temperature, V: tl.constexpr, BLOCK: tl.co
     token = start + tl.arange(0, BLOCK)
     exists = token < V
     value = tl.load(logits_row_ptr + token, mask=exists, other=float("-inf")).to(tl.float32)
-    return token, exists, value, value / temperature
+    return token, exists, value, tl.div_rn(value, temperature)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "top_k", "top_p", "log_min_p", "tau"])
@@ -67,7 +67,7 @@ def draw_wide_kernel(
                 count += tl.sum((exists & (order(value) >= trial)).to(tl.int32))
             kth = tl.where(count >= top_k, trial, kth)
         kth = tl.where(kth < 0, kth | ((1 << (32 - BITS)) - 1), kth)
-        floor = (kth ^ ((kth >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True) / temperature
+        floor = tl.div_rn((kth ^ ((kth >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), temperature)
     cut = tl.full((), -2147483648, tl.int32)
     before_cut = 0.0
     wanted_mass = 0.0
@@ -133,7 +133,7 @@ def draw_wide_kernel(
             tl.store(children_ptr + row * CHILDREN + child, last_id)
             tl.store(edges_ptr + row * CHILDREN + child, (last - best) / tau - tl.log(total))
             if child_log_probs_ptr is not None:
-                plain = tl.load(logits_row_ptr + last_id).to(tl.float32) / temperature
+                plain = tl.div_rn(tl.load(logits_row_ptr + last_id).to(tl.float32), temperature)
                 plain = tl.where(last > float("-inf"), plain, last)
                 tl.store(child_log_probs_ptr + row * CHILDREN + child, plain - largest - tl.log(plain_total))
             above, above_id = last, last_id  # the next one comes after it in (score falling, id rising)

@@ -115,9 +115,13 @@ def _verify_kernel(
     node = tl.load(rows_ptr + w, mask=w < W, other=-1)
     in_pass = node >= 0
     drawn = tl.load(drawn_ptr + w, mask=in_pass, other=0)
+    token = tl.load(tokens_ptr + node, mask=in_pass, other=-1)
+    parent = tl.load(parents_ptr + node, mask=in_pass, other=-2)
+    source = tl.load(sources_ptr + node, mask=in_pass, other=0)
+    length, end = tl.load(length_ptr), tl.load(end_ptr)
     failed = tl.load(failed_ptr)
     failed = tl.where((failed == 0) & (tl.min(drawn) < 0), stage_count, failed)
-    tl.debug_barrier()
+    tl.debug_barrier()  # all warps have read what is written below
     if failed != 0:
         tl.store(state_ptr, -failed)
         tl.store(record_ptr + _STATE, -failed)
@@ -125,10 +129,6 @@ def _verify_kernel(
         return
 
     # walk from the root to the child whose token was drawn
-    token = tl.load(tokens_ptr + node, mask=in_pass, other=-1)
-    parent = tl.load(parents_ptr + node, mask=in_pass, other=-2)
-    source = tl.load(sources_ptr + node, mask=in_pass, other=0)
-    length, end = tl.load(length_ptr), tl.load(end_ptr)
     offs_eos = tl.arange(0, BLOCK_EOS)
     eos = tl.load(eos_ptr + offs_eos, mask=offs_eos < num_eos, other=-1)
     step = tl.arange(0, BLOCK_PATH)
