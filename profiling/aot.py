@@ -113,7 +113,7 @@ def collect(
 def iteration_jobs(archs: list[str]) -> list[Job]:
     """Jobs for the operations of an iteration that belong to no model."""
     jobs = []
-    for arch, (op, call) in itertools.product(archs, iteration(SHAPES["large"].vocab, "meta").items()):
+    for arch, (op, call) in itertools.product(archs, iteration(SHAPES["large"].vocab, "meta").calls.items()):
         with record(arch) as recorded:
             call()
         jobs += [Job(arch, "any", "iteration", 0, op, source_of(launch, arch)) for launch in recorded]

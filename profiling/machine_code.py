@@ -129,12 +129,17 @@ def source_of(launch: Launch, arch: str) -> Source:
     return Source(kernel.__module__, kernel.__name__, signature, constants, attributes, launch.options)
 
 
+def binary_of(source: Source, arch: str) -> Any:
+    """Triton's compiled kernel; its ``asm`` holds every level of code. Whatever the compiler raises passes through."""
+    kernel = getattr(importlib.import_module(source.module), source.kernel)
+    ast_source = ASTSource(kernel, source.signature, source.constants, source.attributes)
+    return triton.compile(ast_source, target=TARGETS[arch], options=source.options)
+
+
 def compile_source(source: Source, arch: str) -> Report:
     """Compile and read. Whatever the compiler raises passes through."""
-    kernel = getattr(importlib.import_module(source.module), source.kernel)
     start = time.perf_counter()
-    ast_source = ASTSource(kernel, source.signature, source.constants, source.attributes)
-    binary = triton.compile(ast_source, target=TARGETS[arch], options=source.options)
+    binary = binary_of(source, arch)
     seconds = time.perf_counter() - start
     read = _read_sass(binary.asm["cubin"]) if arch.startswith("sm_") else _read_amd(binary.asm["amdgcn"])
     metadata = binary.metadata

@@ -5,8 +5,9 @@
     TRITON_INTERPRET=1 python -m profiling.sampler                # without a GPU: the checks alone, in the interpreter
 
 The logits are random rows of GPT-2's vocabulary in the dtype of the model, with the output head's tile maxima. No speed
-is given for a draw that disagrees with its twin. Launches run in CUDA graphs; trees and texts are the states that
-``profiling.iteration`` makes, not restored between launches. Comparators: torch.topk, softmax and multinomial;
+is given for a draw that disagrees with its twin. Launches run in CUDA graphs, on the state that
+``profiling.iteration`` makes; what changes it is timed together with the copy that restores it, and that copy alone.
+Comparators: torch.topk, softmax and multinomial;
 FlashInfer's sampler where it is installed. Exit code 1 where something is wrong, 2 where nothing can be timed.
 """
 
@@ -22,7 +23,7 @@ import torch
 
 from kernels import reference
 from kernels.layout import VOCAB_TILE, Sampling
-from profiling.iteration import WIDTH, iteration
+from profiling.iteration import NODES, WIDTH, iteration
 from profiling.rows import Rows, about
 from profiling.timing import Timing, first_line, measure
 
@@ -138,9 +139,11 @@ def benchmark(rows: Rows, ops: ModuleType, all_rows: list[int], dtype, device: t
         if importlib.util.find_spec("flashinfer"):
             make = lambda n=num_rows: flashinfer_sampler(n, dtype, device)  # noqa: E731
             attempt(rows, "draw, top-k 50", num_rows, "FlashInfer", make, device, samples)
-    for name in iteration(VOCAB, device, ops):
-        make = lambda n=name: iteration(VOCAB, device, ops)[n]  # noqa: E731
-        attempt(rows, name, WIDTH, "ours", make, device, samples)
+    work = iteration(VOCAB, device, ops)
+    attempt(rows, "restore", NODES, "copy", lambda: iteration(VOCAB, device, ops).restore, device, samples)
+    for name in work.calls:
+        make = lambda n=name: iteration(VOCAB, device, ops).calls[n]  # noqa: E731
+        attempt(rows, f"restore + {name}" if name in work.restored else name, WIDTH, "ours", make, device, samples)
     rows.write_csv()
     rows.path("md").write_text(markdown(rows.document()), encoding="utf-8")
 

@@ -268,7 +268,7 @@ def counted() -> dict[str, tuple[list[Launch], float | None]]:
         "draw, 1 row, top-p alone": (draw_launches(1, 0, 0.9), None),
     }
     limits = {"verify_and_commit": 10.0, "lookup_nodes, greedy": 10.0, "lookup_nodes, sampled": 10.0}
-    for name, call in iteration(VOCAB, "meta").items():
+    for name, call in iteration(VOCAB, "meta").calls.items():
         with record("sm_90") as recorded:
             call()
         found[name] = (recorded, limits.get(name))

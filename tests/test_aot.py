@@ -224,3 +224,20 @@ def test_trees_are_deterministic_and_shallow(num_nodes):
     paths = random_tree(num_nodes)
     assert paths == random_tree(num_nodes) and len(paths) == num_nodes
     assert all(path[:-1] in paths and path[-1] == node and len(path) <= 13 for node, path in enumerate(paths) if node)
+
+
+def test_amd_waves_wait_for_their_stores_before_they_arrive():
+    """A release covers one wave: every wave waits for its own stores before the barrier in front of the counter."""
+    code = """
+import re
+from profiling import aot, machine_code
+for job in aot.collect(["gfx942"], ["large"], ["bfloat16"], [64])[0]:
+    if job.op in ("mlp_proj", "tree_attention"):
+        lines = machine_code.binary_of(job.source, "gfx942").asm["amdgcn"].splitlines()
+        counted = next(i for i, line in enumerate(lines) if "global_atomic_add" in line)
+        barrier = max(i for i in range(counted) if "s_barrier" in lines[i])
+        found = [m[0] for line in lines[:barrier] if (m := re.search("buffer_store|global_store|vmcnt.0.", line))]
+        print(job.op, found[-1], "wbl2" in " ".join(lines[barrier:counted]))
+"""
+    done = run("-c", code)
+    assert set(done.stdout.splitlines()) == {"mlp_proj vmcnt(0) True", "tree_attention vmcnt(0) True"}, done.stderr

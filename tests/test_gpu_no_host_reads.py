@@ -75,6 +75,20 @@ def test_iteration_reads_nothing_back(no_host_reads):
     assert records[-1][Record.EMITTED] == 0 and records[-1][Record.STATE] == LENGTH
 
 
+@pytest.mark.gpu
+def test_iteration_does_not_synchronise():
+    """On a GPU, torch itself raises where an iteration would wait for the device, copies to the host included."""
+    ours = generation("triton")
+    ours.iterate()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            ours.iterate()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(part.is_cuda for group in ours.state for part in group)
+
+
 def test_reads_are_noticed(no_host_reads):
     """The guard of the test above is one: the twins, which work on the host, do not get past it."""
     ours = generation("torch")

@@ -125,3 +125,29 @@ def test_the_later_of_two_nodes_in_a_bucket_is_remembered(table, ops):
     assert recent.keys.tolist() == [2 * SIZE + 2] and recent.tokens.tolist() == [[0, 3]]
     assert recall(recent, table, [2, 2], ops) == ([0, 3], pytest.approx([0.6, 0.3]))
     assert recall(recent, table, [1, 2], ops) == ([0, 3], [0.5, 0.25])
+
+
+def test_a_probe_goes_on_at_the_first_bucket(ops):
+    """Eight buckets, fewer than a look-up may visit: a context whose first bucket is the last one lies before it."""
+    buckets, size = 8, 97
+    key = next(key for key in range(size * size) if int(hash_context(torch.tensor(key), buckets)) == 7)
+    keys, rows = torch.full((buckets,), -1, dtype=torch.int64), torch.zeros(buckets, dtype=torch.int32)
+    keys[7], keys[2], rows[2] = size * size - 1, key, size
+    tokens = torch.arange(size + 1, dtype=torch.int32)[:, None].expand(-1, 2) % 7 + torch.tensor([0, 7])
+    log_probs = torch.tensor([-0.5, -1.5]).expand(size + 1, 2).contiguous()
+    table = SuccessorTable(keys, rows, tokens.int().contiguous(), log_probs, torch.full((size + 1,), -3.0), size)
+    progress = reference.new_progress([key // size, key % size], 9, 4, [9], ())
+    tree = reference.new_tree(16, root=key % size)
+    table, tree, progress = (moved(part, home(ops)) for part in (table, tree, progress))
+    nodes = torch.zeros(1, dtype=torch.int32, device=home(ops))
+    children, _ = ops.lookup_nodes(table, tree, nodes, progress, GREEDY, 2, 1.0)
+    assert children.tolist() == [[size % 7, size % 7 + 7]]
+
+
+def test_buckets_that_are_no_power_of_two_are_refused():
+    device = home(gpu)
+    table, tree = gpu.new_recent(12, 2, 97, device), gpu.new_tree(16, device, root=1)
+    progress = gpu.new_progress([1, 2], 9, 4, [9], (), device)
+    nodes, children = (torch.zeros(*size, dtype=torch.int32, device=device) for size in ((1,), (1, 2)))
+    with pytest.raises(ValueError, match="keys must have a power of two of buckets, got 12"):
+        gpu.learn(table, tree, nodes, progress, children, torch.zeros(1, 2, device=device))

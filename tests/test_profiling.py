@@ -280,7 +280,7 @@ def test_ranking_by_the_model(tmp_path):
 
 def test_waits_are_counted_for_every_small_launch():
     """All operations of an iteration, none that is gone; every count has a kind that costs something, and a reason."""
-    assert set(counted()) >= set(iteration(waits.VOCAB, "meta"))
+    assert set(counted()) >= set(iteration(waits.VOCAB, "meta").calls)
     launched = [launch for launches, _ in counted().values() for launch in launches]
     assert {launch.kernel.__name__ for launch in launched} == set(WAITS)
     for launch in launched:
