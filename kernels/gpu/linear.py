@@ -4,7 +4,8 @@
 
 prologue: nothing or layer norm; epilogue: bias, GELU, residual, scatter of keys and values into the paged cache, or the
 maximum of each tile of the vocabulary. With one row a pass reads M * K weights and next to nothing else, so it is bound
-by memory, and up to about 100 rows the product costs nothing on top.
+by memory, and up to about 100 rows the product costs nothing on top. The layer norm does: every program computes the
+moments of all rows before its first product, which the cost model puts at twice the time of a pass of 64 rows.
 
 One binary serves every N (``num_rows`` is never specialised on): the row tile is padded, the loop over K is serial, and
 where M alone would leave multiprocessors idle, K is cut into a fixed number of splits. Each split leaves its sum in
