@@ -25,12 +25,13 @@ DRAFT_DEFAULTS = {"layers": 2, "width": 128, "minutes": 20.0}
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """The three commands, each with a flag for every field of ``TrainingConfig`` that serves it."""
     oracle = commands.add_parser("train-oracle", help="train a GPT-2 on directories of text")
-    oracle.add_argument("--tokenizer", type=Path, help="directory with a tokenizer.json; without it one is trained")
+    oracle.add_argument("--tokenizer", type=Path, metavar="DIR", help="with a tokenizer.json; otherwise one is trained")
+    oracle.add_argument("--vocab-size", type=int, metavar="N", help="of the tokenizer that is trained (default: 8192)")
     _add_training(oracle, {})
     oracle.set_defaults(run=train_oracle)
 
     draft = commands.add_parser("train-draft", help="train a small GPT-2, distilled from an oracle")
-    draft.add_argument("--oracle", type=Path, required=True, help="directory of the oracle; its tokenizer is used")
+    draft.add_argument("--oracle", type=Path, required=True, metavar="DIR", help="the oracle; its tokenizer is used")
     draft.add_argument(
         "--own-text",
         type=int,
@@ -42,36 +43,41 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     draft.set_defaults(run=train_draft)
 
     draft2 = commands.add_parser("build-draft2", help="estimate a Katz trigram table")
-    draft2.add_argument("--tokenizer", type=Path, required=True, help="directory with the oracle's tokenizer.json")
-    draft2.add_argument("--contexts", type=int, default=65536, help="pairs of tokens that get a row of their own")
-    draft2.add_argument("--model", type=Path, help="count text that this model writes itself, not the data")
-    draft2.add_argument("--samples", type=int, default=1_000_000, help="tokens that it writes (default: 1000000)")
-    draft2.add_argument("--temperature", type=float, default=1.5, help="at which it writes (default: 1.5)")
+    draft2.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="with the oracle's tokenizer.json")
+    draft2.add_argument("--contexts", type=int, metavar="N", default=65536, help="pairs of tokens with their own row")
+    draft2.add_argument("--model", type=Path, metavar="DIR", help="count text that this model writes, not the data")
+    draft2.add_argument("--samples", type=int, metavar="N", default=1_000_000, help="tokens that it writes")
+    draft2.add_argument("--temperature", type=float, metavar="T", default=1.5, help="at which it writes (default: 1.5)")
     _add_text(draft2)
     draft2.set_defaults(run=build_draft2)
 
 
 def _add_text(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", type=Path, required=True, help="directory to write")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     command.add_argument(
         "--data",
         action="append",
         metavar="DIR",
         help="directory of text, or 'installed': Python source beside the interpreter (default); may be repeated",
     )
-    command.add_argument("--suffix", default=".py", help="of the files that are read (default: .py)")
+    command.add_argument("--suffix", metavar="TEXT", default=".py", help="of the files that are read (default: .py)")
 
 
 def _add_training(command: argparse.ArgumentParser, defaults: dict) -> None:
     _add_text(command)
     command.add_argument(
-        "--checkpoint-minutes", type=float, default=3.0, help="between checkpoints, from which a killed run goes on"
+        "--checkpoint-minutes",
+        type=float,
+        metavar="N",
+        default=3.0,
+        help="between checkpoints (default: 3)",
     )
     command.add_argument("--no-compile", action="store_true", help="do not compile: slower, needs no C++ compiler")
     for field in fields(training.TrainingConfig):
-        default = defaults.get(field.name, field.default)
-        flag = f"--{field.name.replace('_', '-')}"
-        command.add_argument(flag, type=type(default), default=default, help=f"default: {default}")
+        if field.name != "vocab_size":  # follows from the tokenizer
+            default = defaults.get(field.name, field.default)
+            flag, kind = f"--{field.name.replace('_', '-')}", type(default)
+            command.add_argument(flag, type=kind, default=default, metavar="N", help=f"default: {default}")
 
 
 def read_corpus(data: list[str] | None, suffix: str) -> corpus.Corpus:
@@ -90,7 +96,7 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
             return arrays["train"], arrays["heldout"]
     texts = read_corpus(flags.data, flags.suffix)
     if tokenizer_dir is None:
-        tokenizer = corpus.train_tokenizer(texts.train, flags.vocab_size)
+        tokenizer = corpus.train_tokenizer(texts.train, flags.vocab_size or training.TrainingConfig.vocab_size)
     else:
         tokenizer = _tokenizer(tokenizer_dir)
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -109,6 +115,8 @@ def _tokenizer(directory: Path) -> Tokenizer:
 
 
 def train_oracle(flags: argparse.Namespace) -> None:
+    if flags.tokenizer is not None and flags.vocab_size is not None:
+        raise ValueError("vocab-size is that of the tokenizer: give one of --tokenizer and --vocab-size")
     _train(flags, flags.tokenizer, None)
 
 
@@ -132,7 +140,7 @@ def own_text(directory: Path, prompt_ids: np.ndarray, num_tokens: int, temperatu
 
 
 def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2LMHeadModel | None) -> None:
-    names = [field.name for field in fields(training.TrainingConfig)]
+    names = [field.name for field in fields(training.TrainingConfig) if field.name != "vocab_size"]
     ids, heldout = prepare(flags, tokenizer_dir)
     if teacher is not None and flags.own_text:
         stored = flags.out / OWN_TEXT
@@ -140,7 +148,7 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
             np.save(stored, own_text(flags.oracle, ids, flags.own_text, 1.0))
         ids = np.concatenate([ids, np.load(stored)])
     vocab_size = _tokenizer(flags.out).get_vocab_size()
-    config = training.TrainingConfig(**{name: getattr(flags, name) for name in names} | {"vocab_size": vocab_size})
+    config = training.TrainingConfig(**{name: getattr(flags, name) for name in names}, vocab_size=vocab_size)
     trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile)
     console = Console(highlight=False, soft_wrap=True)
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())

@@ -202,6 +202,9 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train-draft", "--oracle", str(tmp_path / "absent"), "--out", draft, *data, *sizes])
     assert "no trained model in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train-oracle", "--out", draft, *data, "--tokenizer", oracle, "--vocab-size", "300"])
+    assert "give one of --tokenizer and --vocab-size" in capsys.readouterr().err
     cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-text", "64"])
     stored = np.load(tmp_path / "draft" / "own_text.npy")
     assert stored.dtype == np.uint16 and len(stored) >= 64 and stored.max() < 300
