@@ -9,19 +9,64 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "training.json")
+PROMPTS = ("def read_lines(path):\n", "class Stack:\n", 'def mean(values):\n    """', "for name in names:\n")
 
 
 def pack(source: Path, target: Path) -> int:
-    """Write ``source``'s model and tokenizer to ``target`` in bfloat16; returns the bytes written."""
+    """Write ``source``'s model, tokenizer and model card to ``target`` in bfloat16; returns the bytes written."""
     shutil.rmtree(target, ignore_errors=True)
     model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(target, max_shard_size="15MB")
     for name in COPIED:
         shutil.copy(source / name, target / name)
+    training = json.loads((source / "training.json").read_text(encoding="utf-8"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    (target / "README.md").write_text(card(target.name, training, samples(model, tokenizer)), encoding="utf-8")
     return sum(file.stat().st_size for file in target.iterdir())
+
+
+@torch.no_grad()
+def samples(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, num_tokens: int = 48) -> dict[str, str]:
+    """What the model makes of PROMPTS: greedy, and drawn with top-k 50 from a fixed seed."""
+    torch.manual_seed(0)
+    texts = {}
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        for title, drawn in (("greedy", {"do_sample": False}), ("top-k 50", {"do_sample": True, "top_k": 50})):
+            room = min(num_tokens, model.config.n_positions - ids.shape[1])
+            mask = torch.ones_like(ids)
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=room, pad_token_id=0, **drawn)
+            texts[f"{prompt.splitlines()[0]}, {title}"] = tokenizer.decode(out[0], skip_special_tokens=True)
+    return texts
+
+
+def card(name: str, training: dict, texts: dict[str, str]) -> str:
+    """A model card from what ``staged train-oracle`` or ``train-draft`` recorded, and samples."""
+    config, last = training["config"], training["log"][-1]
+    sizes = f"{config['layers']} layers, width {config['width']}, vocabulary {config['vocab_size']}"
+    seen, text = (f"{count / 1e6:.1f} M tokens" for count in (last["tokens"], training["text_tokens"]))
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "library_name: transformers",
+        "---",
+        f"# The bundled {name}",
+        "",
+        f"A GPT-2 of {training['parameters'] / 1e6:.1f} M parameters: {sizes}, context {config['context']}. It has "
+        f"seen {seen} of a text of {text} in {last['seconds'] / 60:.0f} minutes; held-out loss "
+        f"{last['heldout_loss']:.2f} nats a token. `{training['command']}`",
+        "",
+        "| source | licence | files | MB |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for row in sorted(training["sources"], key=lambda row: -row["bytes"]):
+        lines.append(f"| {row['source']} | {row['licence']} | {row['files']} | {row['bytes'] / 1e6:.1f} |")
+    for title, text in texts.items():
+        lines += ["", f"## `{title}`", "", "```python", text.replace("```", "` ` `"), "```"]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

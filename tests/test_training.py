@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from decoding import StagedDecoder, cli
-from model import corpus, samples, training
+from model import bundle, corpus, samples, training
 
 
 def source(name: str) -> str:
@@ -217,6 +217,10 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     prompt = "def name_1_2(argument):"
     outs = [decoder.generate(prompt, 12, method=method, ignore_eos=True) for method in ("baseline", "staged")]
     assert outs[0].new_token_ids == outs[1].new_token_ids
+    size = bundle.pack(tmp_path / "oracle", tmp_path / "packed")
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert size < 1e6 and "| text | unknown | 120 |" in card and "held-out loss" in card
+    assert card.count("```python") == 2 * len(bundle.PROMPTS) and "def read_lines(path):" in card
 
 
 def test_text_that_a_model_writes_follows_its_law():
