@@ -82,7 +82,16 @@ def _decoder(flags: argparse.Namespace) -> StagedDecoder:
     )
 
 
+def _refuse_unused(flags: argparse.Namespace) -> None:
+    """Greedy decoding has no use for sampling flags: say so instead of ignoring them."""
+    given = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    unused = [f"--{name.replace('_', '-')}" for name, default in given.items() if getattr(flags, name) != default]
+    if unused and not flags.do_sample:
+        raise ValueError(f"{', '.join(unused)} need --do-sample: without it decoding is greedy")
+
+
 def run_generate(flags: argparse.Namespace) -> None:
+    _refuse_unused(flags)
     decoder = _decoder(flags)
     prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
     out = decoder.generate(
@@ -111,6 +120,7 @@ def run_generate(flags: argparse.Namespace) -> None:
 
 
 def run_compare(flags: argparse.Namespace) -> None:
+    _refuse_unused(flags)
     decoder = _decoder(flags)
     prompts = flags.prompts or list(DEMO_PROMPTS)
     sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}

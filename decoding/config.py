@@ -116,7 +116,8 @@ def default_speculation(method: str | None, available: list[str]) -> Speculation
         return SpeculationConfig(drafts[-1:], (4,), (4,), (4,), budget=15, max_depth=8)
     lookup = ("draft2",) if "draft2" in available else ()
     n, m = len(lookup), len(drafts)
-    return SpeculationConfig(lookup + drafts, (3,) * n + (2,) * m, (4,) * n + (15,) * m, (3,) * n + (4,) * m, 15, 12)
+    rounds = (2,) * (n + m - 1) + (1 if n + m > 1 else 2,)  # one pass of the topmost, over what those below propose
+    return SpeculationConfig(lookup + drafts, rounds, (6,) * n + (15,) * m, (4,) * (n + m), 15, 12)
 
 
 @dataclass(frozen=True)

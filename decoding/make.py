@@ -27,7 +27,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     oracle = commands.add_parser("train-oracle", help="train a GPT-2 on directories of text")
     oracle.add_argument("--tokenizer", type=Path, metavar="DIR", help="with a tokenizer.json; otherwise one is trained")
     oracle.add_argument("--vocab-size", type=int, metavar="N", help="of the tokenizer that is trained (default: 8192)")
-    _add_training(oracle, {})
+    _add_training(oracle, {}, ("vocab_size", "teacher_share"))
     oracle.set_defaults(run=train_oracle)
 
     draft = commands.add_parser("train-draft", help="train a small GPT-2, distilled from an oracle")
@@ -39,7 +39,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="tokens that the oracle writes itself, to learn from as well",
     )
-    _add_training(draft, DRAFT_DEFAULTS)
+    _add_training(draft, DRAFT_DEFAULTS, ("vocab_size",))
     draft.set_defaults(run=train_draft)
 
     draft2 = commands.add_parser("build-draft2", help="estimate a Katz trigram table")
@@ -63,7 +63,7 @@ def _add_text(command: argparse.ArgumentParser) -> None:
     command.add_argument("--suffix", metavar="TEXT", default=".py", help="of the files that are read (default: .py)")
 
 
-def _add_training(command: argparse.ArgumentParser, defaults: dict) -> None:
+def _add_training(command: argparse.ArgumentParser, defaults: dict, skipped: tuple[str, ...]) -> None:
     _add_text(command)
     command.add_argument(
         "--checkpoint-minutes",
@@ -74,7 +74,7 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict) -> None:
     )
     command.add_argument("--no-compile", action="store_true", help="do not compile: slower, needs no C++ compiler")
     for field in fields(training.TrainingConfig):
-        if field.name != "vocab_size":  # follows from the tokenizer
+        if field.name not in skipped:
             default = defaults.get(field.name, field.default)
             flag, kind = f"--{field.name.replace('_', '-')}", type(default)
             command.add_argument(flag, type=kind, default=default, metavar="N", help=f"default: {default}")
@@ -124,9 +124,13 @@ def train_draft(flags: argparse.Namespace) -> None:
     _train(flags, flags.oracle, _model(flags.oracle))
 
 
-def _model(directory: Path) -> GPT2LMHeadModel:
+def _require_model(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         raise ValueError(f"no trained model in {directory}")
+
+
+def _model(directory: Path) -> GPT2LMHeadModel:
+    _require_model(directory)
     return GPT2LMHeadModel.from_pretrained(directory)
 
 
@@ -140,7 +144,9 @@ def own_text(directory: Path, prompt_ids: np.ndarray, num_tokens: int, temperatu
 
 
 def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2LMHeadModel | None) -> None:
-    names = [field.name for field in fields(training.TrainingConfig) if field.name != "vocab_size"]
+    if flags.width < 64 or flags.width % 64:
+        raise ValueError(f"width must be a multiple of 64, the size of a head, got {flags.width}")
+    names = [field.name for field in fields(training.TrainingConfig) if hasattr(flags, field.name)]
     ids, heldout = prepare(flags, tokenizer_dir)
     if teacher is not None and flags.own_text:
         stored = flags.out / OWN_TEXT
@@ -148,7 +154,8 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
             np.save(stored, own_text(flags.oracle, ids, flags.own_text, 1.0))
         ids = np.concatenate([ids, np.load(stored)])
     vocab_size = _tokenizer(flags.out).get_vocab_size()
-    config = training.TrainingConfig(**{name: getattr(flags, name) for name in names}, vocab_size=vocab_size)
+    given = {name: getattr(flags, name) for name in names} | {"vocab_size": vocab_size}
+    config = training.TrainingConfig(**given)
     trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile)
     console = Console(highlight=False, soft_wrap=True)
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -192,6 +199,8 @@ def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parame
 
 
 def build_draft2(flags: argparse.Namespace) -> None:
+    if flags.model is not None:
+        _require_model(flags.model)
     tokenizer = _tokenizer(flags.tokenizer)
     ids = corpus.encode(tokenizer, read_corpus(flags.data, flags.suffix).train)
     origin = "text"

@@ -233,6 +233,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     chosen = (args.arch, args.shapes, args.dtypes, args.head_dims)
     args.complete = not args.reduced and not any(chosen)
+    if args.reduced and any(chosen[1:]):
+        parser.error("--reduced chooses shapes, dtypes and heads itself: leave --shapes, --dtypes, --head-dims out")
     if args.update and not args.complete:
         parser.error(
             "--update rewrites the whole snapshot: leave --arch, --shapes, --dtypes, --head-dims, --reduced out"

@@ -63,6 +63,11 @@ def write_snapshot(rows: list[dict[str, Any]], problems: list[str]) -> None:
     kept = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
     lines = ",\n".join(json.dumps(row) for row in kept)
     _path().write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    write_table()
+
+
+def write_table() -> None:
+    """Rewrite ``aot.md`` from the snapshots of all Tritons."""
     snapshots = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("triton-*.json")]
     *others, newest = sorted(
         snapshots, key=lambda found: [int(n) for n in re.findall(r"\d+", found["about"]["triton"])]
@@ -70,10 +75,17 @@ def write_snapshot(rows: list[dict[str, Any]], problems: list[str]) -> None:
     (RESULTS / "aot.md").write_text(markdown(newest, others), encoding="utf-8")
 
 
+def _shown(row: dict[str, Any]) -> bool:
+    """Of GPT-2 Large in bfloat16; draws of one vocabulary have one binary for all sizes, listed under the first."""
+    if "error" in row or row["dtype"] not in ("bfloat16", "any"):
+        return False
+    return row["shape"] in ("large", "iteration") or (row["shape"] == "small" and row["op"].startswith("draw"))
+
+
 def markdown(newest: dict[str, Any], others: list[dict[str, Any]]) -> str:
     """The binaries of GPT-2 Large in bfloat16, one line each, what fails, and how other Tritons' code differs."""
     about, rows = newest["about"], newest["rows"]
-    chosen = [row for row in rows if row["shape"] == "large" and row["dtype"] == "bfloat16" and "error" not in row]
+    chosen = [row for row in rows if _shown(row)]
     body = "\n".join(
         f"| {row['arch']} | {row['op']}{', D = 128' * (row['head_dim'] == 128)} | {row['tiles']} | "
         f"{row['registers']} | {row['shared'] / 1024:.1f} | "

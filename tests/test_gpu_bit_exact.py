@@ -8,7 +8,7 @@ contract on a GPU, and the test that would show it, here, in test_gpu_kernels (K
  2  a binary specialised on the number of rows          number_of_rows (1, 2, 7, 16, ... select other ones)
  3  tiles chosen by timing                              R: another_process; tiles come from a table
  4  tiles, warps or stages that follow the rows         number_of_rows, sizes_of_passes
- 5  split sums in the order of arrival                  R: reversed_programs, K: order_of_programs
+ 5  split sums in the order of arrival                  R: reversed_programs, K: order_of_programs, linear_tiles
  6  attention cut by length or number of nodes          length_of_the_text, committed_ancestors, two_sequences
  7  dead lanes that are not exactly zero                every test: free slots and scratch hold NaN; junk_rows
  8  a path's keys in other lanes than after commit      place_of_keys_and_values, commit_leaves_no_trace

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +206,9 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train-oracle", "--out", draft, *data, "--tokenizer", oracle, "--vocab-size", "300"])
     assert "give one of --tokenizer and --vocab-size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train-oracle", "--out", draft, *data, "--width", "96"])
+    assert "width must be a multiple of 64" in capsys.readouterr().err and not Path(draft).exists()
     cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-text", "64"])
     stored = np.load(tmp_path / "draft" / "own_text.npy")
     assert stored.dtype == np.uint16 and len(stored) >= 64 and stored.max() < 300

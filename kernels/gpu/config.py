@@ -60,8 +60,10 @@ def key(num_outputs: int, depth: int, dtype: torch.dtype) -> str:
 
 def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> LinearTiles:
     """The rule for shapes that were never tuned: about one program per multiprocessor, a deep pipeline in each."""
-    if arch == "interpreter":  # large tiles, since a step costs milliseconds; two splits so that they are tested
-        return LinearTiles(16, 64, 64 if depth < 512 else 256, 2 if depth > 64 else 1)
+    if arch == "interpreter":  # large tiles, since a step costs milliseconds; three splits show the order of their sum
+        step = 64 if depth < 512 else 256
+        steps = -(-depth // step)
+        return LinearTiles(16, 64, step, next(n for n in (3, 2, 1) if -(-steps // n) * (n - 1) < steps))
 
     def cut(tile: int, step: int) -> int:
         return _splits(-(-num_outputs // tile), -(-depth // step), MULTIPROCESSORS.get(arch, 128))
