@@ -104,7 +104,9 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(flags.out)
     train, heldout = corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
     (flags.out / SOURCES).write_text(json.dumps(texts.card(), indent=1) + "\n")
-    np.savez(flags.out / TOKENS, train=train, heldout=heldout)
+    unfinished = flags.out / f"unfinished_{TOKENS}"  # a kill in the middle leaves no half of it
+    np.savez(unfinished, train=train, heldout=heldout)
+    unfinished.replace(stored)
     return train, heldout
 
 
@@ -151,7 +153,9 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     if teacher is not None and flags.own_text:
         stored = flags.out / OWN_TEXT
         if not stored.exists():
-            np.save(stored, own_text(flags.oracle, ids, flags.own_text, 1.0))
+            unfinished = flags.out / f"unfinished_{OWN_TEXT}"
+            np.save(unfinished, own_text(flags.oracle, ids, flags.own_text, 1.0))
+            unfinished.replace(stored)
         ids = np.concatenate([ids, np.load(stored)])
     vocab_size = _tokenizer(flags.out).get_vocab_size()
     given = {name: getattr(flags, name) for name in names} | {"vocab_size": vocab_size}
@@ -162,6 +166,7 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     console.print(f"{num_parameters / 1e6:.1f} M parameters, {len(ids) / 1e6:.1f} M tokens of text", end=", ")
     console.print(f"{len(heldout) / 1e6:.2f} M held out, on {trainer.device}")
     if trainer.resume(flags.out):
+        console.print(f"text as stored in {flags.out}, whatever --data says")
         console.print(f"goes on after step {trainer.step}, {trainer.progress:.0%} of the budget")
     for row in report(console, training.train(trainer, heldout, flags.out, flags.checkpoint_minutes)):
         if "heldout_loss" in row:

@@ -204,6 +204,7 @@ class Trainer:
             "config": asdict(self.config),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "decaying": self.decaying,
             **{name: getattr(self, name) for name in ("step", "tokens", "seconds", "taken", "log")},
         }
         unfinished = path.with_suffix(".unfinished")
@@ -219,7 +220,8 @@ class Trainer:
             return False
         state = self._read(out / LATEST)
         budget = {name: state["config"][name] for name in ("minutes", "steps")}
-        if budget != {name: getattr(self.config, name) for name in budget} and (out / STABLE).exists():
+        grown = budget != {name: getattr(self.config, name) for name in budget}
+        if grown and state["decaying"] and (out / STABLE).exists():
             state = self._read(out / STABLE)
         for name, value in asdict(self.config).items():
             if name not in budget and state["config"][name] != value:

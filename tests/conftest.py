@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if interpreter.INTERPRETING and item.get_closest_marker("gpu"):
-        pytest.skip("a real shape needs a CUDA device")
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture

@@ -241,3 +241,22 @@ for job in aot.collect(["gfx942"], ["large"], ["bfloat16"], [64])[0]:
 """
     done = run("-c", code)
     assert set(done.stdout.splitlines()) == {"mlp_proj vmcnt(0) True", "tree_attention vmcnt(0) True"}, done.stderr
+
+
+def test_verification_reads_before_the_barrier_what_it_writes_after_it():
+    """Of one program's warps none may still read a place that another has written: a barrier stands between."""
+    code = """
+import re
+from profiling import aot, machine_code
+job = next(job for job in aot.iteration_jobs(["sm_90"]) if job.op == "verify_and_commit")
+lines = machine_code.binary_of(job.source, "sm_90").asm["ttgir"].splitlines()
+first = next(i for i, line in enumerate(lines) if "ttg.barrier" in line or "gpu.barrier" in line)
+for name in ("length_ptr", "tokens_ptr", "parents_ptr", "sources_ptr"):
+    reads = [i for i, line in enumerate(lines) if re.search(f"tt.(load|splat) %{name}", line)]
+    print(name, bool(reads) and min(reads) < first)
+stores = [i for i, line in enumerate(lines) if "tt.store %length_ptr" in line]
+loads = [i for i, line in enumerate(lines) if "tt.load %length_ptr" in line]
+print("one read and one write, a barrier between:", len(loads) == len(stores) == 1 and loads[0] < first < stores[0])
+"""
+    done = run("-c", code)
+    assert "one read and one write, a barrier between: True" in done.stdout and "False" not in done.stdout, done.stdout

@@ -11,12 +11,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer, of the CUDA toolkit"
-    ),
-]
+SANITIZER = shutil.which("compute-sanitizer")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer (CUDA toolkit)")]
 ERROR = 9
 
 

@@ -267,7 +267,7 @@ def test_tuning_on_the_cpu(tmp_path):
 
 
 def test_ranking_by_the_model(tmp_path):
-    pytest.importorskip("triton.backends.nvidia")
+    pytest.importorskip("triton.backends.nvidia", reason="needs a Triton that can compile for NVIDIA")
     done = profiling(
         *("profiling.tune", "--model", "--shapes", "gpt2", "--weights", "attn_proj", "--limit", "3", "--jobs", "1"),
         *("--table", str(tmp_path / "tuned.json"), "--out", str(tmp_path / "out")),
@@ -327,7 +327,7 @@ def test_without_a_gpu_one_line_says_what_to_do(command, monkeypatch, capsys):
     assert "--rehearse" in line and "--model" in line
 
 
-@pytest.mark.skipif(not interpreter.INTERPRETING, reason="in Triton's interpreter")
+@pytest.mark.skipif(not interpreter.INTERPRETING, reason="needs Triton's interpreter")
 def test_in_the_interpreter_the_kernels_are_checked(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kernels", "--dtype", "float32"])
     assert importlib.import_module("profiling.kernels").main() == 0

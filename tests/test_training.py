@@ -167,6 +167,12 @@ def test_a_larger_budget_goes_on_from_before_the_decay(tmp_path):
     same, longer = (training.Trainer(replace(CONFIG, steps=steps), ids, compiled=False) for steps in (60, 90))
     assert same.resume(tmp_path) and same.step == 60
     assert longer.resume(tmp_path) and longer.step == 34  # the first of the decay (0.45 of 60) comes next
+    longer.save(tmp_path / training.LATEST)  # killed here, before its own decay
+    for _ in range(3):
+        longer.train_step()
+    longer.save(tmp_path / training.LATEST)
+    longest = training.Trainer(replace(CONFIG, steps=120), ids, compiled=False)
+    assert longest.resume(tmp_path) and longest.step == 37, "nothing has decayed since, so nothing is to be taken back"
     other = training.Trainer(replace(CONFIG, learning_rate=1e-3), ids, compiled=False)
     with pytest.raises(ValueError, match="learning_rate 0.003, not 0.001"):
         other.resume(tmp_path)
