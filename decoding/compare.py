@@ -25,17 +25,11 @@ class HFGenerate:
         logging.disable_progress_bar()
         self.model = GPT2LMHeadModel.from_pretrained(oracle_dir, dtype=dtype).to(device).eval()
 
-    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation, stopped by length alone."""
+    def generate(self, prompt_ids: list[int], max_new_tokens: int, **options: Any) -> list[int]:
+        """New token ids: greedy and stopped by length alone, where ``options`` of ``generate`` do not say otherwise."""
         ids = torch.tensor([prompt_ids], device=self.model.device)
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options)
         return out[0, len(prompt_ids) :].tolist()
 
     @torch.no_grad()
@@ -43,6 +37,21 @@ class HFGenerate:
         """How far the best next token of ``text`` is ahead of the second, in logits."""
         best = self.model(torch.tensor([text], device=self.model.device)).logits[0, -1].float().topk(2).values
         return float(best[0] - best[1])
+
+
+def first_difference(
+    theirs: list[int], ours: list[int], hf: HFGenerate, prompt_ids: list[int]
+) -> dict[str, int | float] | None:
+    """Where two continuations part: ``token``, the index, and ``gap``, how far the oracle's best logit leads there.
+
+    A gap of rounding size means that either token is a right one. None where the continuations are equal; where one is
+    the beginning of the other they part at its end.
+    """
+    if theirs == ours:
+        return None
+    pairs = zip(theirs, ours, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
+    return {"token": at, "gap": hf.top_two_gap(prompt_ids + ours[:at])}
 
 
 def compare(
@@ -117,10 +126,9 @@ def _hf_row(hf: HFGenerate, prompt_ids: list[list[int]], lengths: list[int], bas
         new = hf.generate(ids, length)
         seconds += time.perf_counter() - start
         tokens += len(new)
-        equal += new == out.new_token_ids
-        if new != out.new_token_ids:
-            at = next(i for i, (a, b) in enumerate(zip(new, out.new_token_ids, strict=True)) if a != b)
-            differences.append({"token": at, "gap": hf.top_two_gap(ids + new[:at])})
+        difference = first_difference(new, out.new_token_ids, hf, ids)
+        equal += difference is None
+        differences += [difference] if difference else []
     base_tokens, base_seconds, _, _ = _totals(baseline)
     return {
         "method": "HF generate",
