@@ -1,6 +1,7 @@
 """Every method on the same prompts: times, passes and bytes beside each other, tokens checked identical."""
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def compare(
     """
     prompt_ids = [decoder.encode(prompt) for prompt in prompts]
     sampling = {"seed": 0, "ignore_eos": True} | sampling
-    available = [method for method in METHODS if _is_available(decoder, method)]
+    available = available_methods(decoder)
     runs = {}
     for method in available:
         decoder.generate(prompt_ids[0], max_new_tokens=8, method=method, **sampling)
@@ -82,12 +83,14 @@ def compare(
     return rows, [out for out, _ in runs[available[-1]]]
 
 
-def _is_available(decoder: StagedDecoder, method: str) -> bool:
-    try:
-        decoder.plan(method)
-    except ValueError:
-        return False
-    return True
+def available_methods(decoder: StagedDecoder) -> list[str]:
+    """The methods that the decoder's stages allow, in the order of ``METHODS``."""
+    available = []
+    for method in METHODS:
+        with suppress(ValueError):
+            decoder.plan(method)
+            available.append(method)
+    return available
 
 
 def _timed(decoder, ids, max_new_tokens, method, sampling):

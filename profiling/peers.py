@@ -17,8 +17,8 @@ Each is configured as people would, that is by its defaults. Assisted generation
 
 All count new token ids and stop as ``StagedDecoder.generate`` does: an eos token is returned, a stop string is not, and
 a context of n positions can be fed n tokens. Sampled text comes from the peer's own generator, so it never equals ours
-for a seed: then only speed and acceptance can be compared. Each ``put`` of a streamer after the prompt's is one pass of
-the oracle.
+for a seed: then only speed and acceptance can be compared. CTranslate2 cannot be given a seed per call. Each ``put`` of
+a streamer after the prompt's is one pass of the oracle.
 """
 
 import shutil
@@ -34,9 +34,10 @@ from transformers import CompileConfig, GPT2LMHeadModel, StoppingCriteria, Stopp
 
 from decoding.compare import HFGenerate, first_difference
 from decoding.config import SamplingConfig
+from decoding.decoder import StagedDecoder
 from decoding.text import find_stop, load_tokenizer
 
-__all__ = ["NAMES", "NEVER", "Peer", "Stop", "Unavailable", "defaults", "first_difference", "load"]
+__all__ = ["NAMES", "NEVER", "Own", "Peer", "Stop", "Unavailable", "defaults", "first_difference", "load"]
 
 LOOKUP_TOKENS = 10  # what transformers' own candidate generator takes where nothing is said
 
@@ -89,6 +90,29 @@ class Peer:
 
     def _generate(self, prompt_ids, length, config: SamplingConfig, seed: int, stop: Stop, streamer) -> list[int]:
         raise NotImplementedError
+
+
+class Own:
+    """A method of our decoder with the interface of a peer."""
+
+    greedy_only = False  # a seed gives the same tokens with every method
+
+    def __init__(self, decoder: StagedDecoder, method: str):
+        self.name, self.decoder = method, decoder
+
+    def generate(self, prompt_ids, max_new_tokens, sampling=None, stop=NEVER, streamer=None) -> list[int]:
+        """As ``Peer.generate``."""
+        out = self.decoder.generate(
+            prompt_ids,
+            max_new_tokens,
+            method=self.name,
+            eos_token_id=list(stop.eos_token_ids) or None,
+            ignore_eos=not stop.eos_token_ids,
+            stop_strings=list(stop.strings) or None,
+            streamer=streamer,
+            **{"seed": 0} | (sampling or {}),
+        )
+        return out.new_token_ids
 
 
 class HFPeer(Peer):
@@ -146,6 +170,7 @@ class CTranslate2Peer(Peer):
                 raise Unavailable(f"no {compute_type} on this {device.type}, only {', '.join(sorted(types))}")
             with tempfile.TemporaryDirectory() as folder:
                 _convert(model, folder)
+                ctranslate2.set_random_seed(0)  # read once, by each worker's generator: a call has no seed of its own
                 self.generator = ctranslate2.Generator(
                     folder,
                     device=device.type,
@@ -153,13 +178,11 @@ class CTranslate2Peer(Peer):
                     compute_type=compute_type,
                     intra_threads=torch.get_num_threads(),
                 )
-            self.set_seed = ctranslate2.set_random_seed
             self.generate([0], 1)
         except (RuntimeError, ValueError) as error:  # no such GPU, a CUDA library of another version, a model it lacks
             raise Unavailable(f"cannot run this model on {device.type}: {' '.join(str(error).split())}") from error
 
     def _generate(self, prompt_ids, length, config, seed, stop, streamer):
-        self.set_seed(seed)
         new: list[int] = []
 
         def step(result) -> bool:
