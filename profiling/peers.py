@@ -124,6 +124,9 @@ class HFPeer(Peer):
 
     def _generate(self, prompt_ids, length, config, seed, stop, streamer):
         options = self.options | _as_hf(config)
+        if looked_up := options.get("prompt_lookup_num_tokens"):  # drafts past the end of the context and fails there
+            room = self.context + 1 - len(prompt_ids) - length
+            options["prompt_lookup_num_tokens"] = min(looked_up, room) or None
         if stop.strings:
             criterion = _StopStrings(self.tokenizer, stop.strings, len(prompt_ids))
             options["stopping_criteria"] = StoppingCriteriaList([criterion])
@@ -266,6 +269,7 @@ class _Makers:
             ours, oracle = getattr(draft.config, field), getattr(self.hf.model.config, field)
             if ours != oracle:
                 raise Unavailable(f"{field} of the draft is {ours}, of the oracle {oracle}")
+        draft.generation_config.eos_token_id = None  # or it would stop drafting there even where eos is ignored
         return self._hf_peer(name, assistant_model=draft)
 
     def prompt_lookup(self, name: str) -> Peer:
