@@ -130,6 +130,8 @@ def run(
 ) -> dict[str, Runs]:
     """Every system on every iteration's prompt, in turn; ``warmup`` iterations before the ``iters`` that are kept."""
     found = {system.name: Runs([], {}) for system in systems}
+    for system in systems:
+        system.warm_up(prompt_ids[0], output_len, sampling)
     steps = range(-warmup, iters)
     for i in track(steps, f"{len(prompt_ids[0])} + {output_len} tokens", disable=not sys.stderr.isatty()):
         prompt, drawn = prompt_ids[i % len(prompt_ids)], sampling | {"seed": sampling["seed"] + max(i, 0)}

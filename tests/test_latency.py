@@ -48,6 +48,10 @@ class FakeSystem:
         streamer.end()
         return [self.token] * min(max_new_tokens, sum(self.sizes))
 
+    def warm_up(self, prompt_ids, max_new_tokens, sampling):
+        if self.log is not None:
+            self.log.append((f"warm {self.name}", prompt_ids, max_new_tokens, sampling))
+
 
 def test_one_generation_is_timed_from_call_to_return(fake_time):
     system = FakeSystem("x", fake_time, [3, 1, 2])
@@ -104,9 +108,9 @@ def test_systems_take_turns_and_warm_up_is_not_counted(fake_time):
     log: list = []
     systems = [FakeSystem(name, fake_time, [2], log=log) for name in "ab"]
     found = latency.run(systems, [[7], [8]], 2, {"seed": 3}, iters=3, warmup=1, device=CPU)
-    assert [name for name, *_ in log] == list("abababab")
-    counted = [(prompt, sampling["seed"]) for _, prompt, _, sampling in log[2::2]]
-    assert counted == [([7], 3), ([8], 4), ([7], 5)] == [(p, s["seed"]) for _, p, _, s in log[3::2]]
+    assert [name for name, *_ in log] == ["warm a", "warm b", *"abababab"]
+    counted = [(prompt, sampling["seed"]) for _, prompt, _, sampling in log[4::2]]
+    assert counted == [([7], 3), ([8], 4), ([7], 5)] == [(p, s["seed"]) for _, p, _, s in log[5::2]]
     assert [len(runs.measured) for runs in found.values()] == [3, 3]
 
 

@@ -183,8 +183,12 @@ def test_compiling_is_asked_for_by_name_on_a_cpu(directories, decoder):
     calls = []
     config = static.options["compile_config"]
     config.backend, config.mode = lambda graph, inputs: calls.append(1) or graph.forward, None
-    assert static.generate(PROMPT, 8) == ours(decoder, 8)
-    assert calls
+    for length in (12, 8):  # once per length asked for: neither for every call, nor one code for all
+        calls.clear()
+        static.warm_up(PROMPT, length)
+        assert len(calls) == 1
+        assert static.generate(PROMPT, length) == ours(decoder, length)
+        assert len(calls) == 1
 
 
 @pytest.mark.gpu
