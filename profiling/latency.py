@@ -20,7 +20,8 @@ is cut at ``input-len`` tokens, and goes on with those after it where it is too 
 - memory: see ``profiling.memory``.
 
 Lists of lengths make a sweep. The JSON has a row per lengths and method under "rows"; at its top level are vLLM's keys,
-for the first lengths and the fullest of our methods that ran. Markdown is written beside it.
+for the first lengths and the fullest of our methods that ran. Markdown is written beside it. Written to run on a GPU,
+too, but not yet run on one.
 """
 
 import argparse
@@ -282,6 +283,10 @@ def load_systems(flags: argparse.Namespace, skipped: dict[str, str]) -> tuple[St
 
 def benchmark(flags: argparse.Namespace) -> dict:
     """All rows and what they were measured with; written after every pair of lengths where a file was named."""
+    if flags.num_iters < 1 or flags.num_iters_warmup < 0:
+        raise ValueError(
+            f"num-iters must be at least 1 and num-iters-warmup 0, got {flags.num_iters, flags.num_iters_warmup}"
+        )
     sampling, skipped = sampling_of(flags), {}
     decoder, systems, load_hf = load_systems(flags, skipped)
     make_prompts, described = prompts_of(flags, decoder)
@@ -324,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
     try:
         document = benchmark(flags)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"profiling.latency: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(markdown(document))
