@@ -1,6 +1,7 @@
 """Every method on the same prompts: times, passes and bytes beside each other, tokens checked identical."""
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,17 +26,11 @@ class HFGenerate:
         logging.disable_progress_bar()
         self.model = GPT2LMHeadModel.from_pretrained(oracle_dir, dtype=dtype).to(device).eval()
 
-    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation, stopped by length alone."""
+    def generate(self, prompt_ids: list[int], max_new_tokens: int, **options: Any) -> list[int]:
+        """New token ids: greedy and stopped by length alone, where ``options`` of ``generate`` do not say otherwise."""
         ids = torch.tensor([prompt_ids], device=self.model.device)
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options)
         return out[0, len(prompt_ids) :].tolist()
 
     @torch.no_grad()
@@ -43,6 +38,21 @@ class HFGenerate:
         """How far the best next token of ``text`` is ahead of the second, in logits."""
         best = self.model(torch.tensor([text], device=self.model.device)).logits[0, -1].float().topk(2).values
         return float(best[0] - best[1])
+
+
+def first_difference(
+    theirs: list[int], ours: list[int], hf: HFGenerate, prompt_ids: list[int]
+) -> dict[str, int | float] | None:
+    """Where two continuations part: ``token``, the index, and ``gap``, how far the oracle's best logit leads there.
+
+    A gap of rounding size means that either token is a right one. None where the continuations are equal; where one is
+    the beginning of the other they part at its end.
+    """
+    if theirs == ours:
+        return None
+    pairs = zip(theirs, ours, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
+    return {"token": at, "gap": hf.top_two_gap(prompt_ids + ours[:at])}
 
 
 def compare(
@@ -60,7 +70,7 @@ def compare(
     """
     prompt_ids = [decoder.encode(prompt) for prompt in prompts]
     sampling = {"seed": 0, "ignore_eos": True} | sampling
-    available = [method for method in METHODS if _is_available(decoder, method)]
+    available = available_methods(decoder)
     runs = {}
     for method in available:
         decoder.generate(prompt_ids[0], max_new_tokens=8, method=method, **sampling)
@@ -73,12 +83,14 @@ def compare(
     return rows, [out for out, _ in runs[available[-1]]]
 
 
-def _is_available(decoder: StagedDecoder, method: str) -> bool:
-    try:
-        decoder.plan(method)
-    except ValueError:
-        return False
-    return True
+def available_methods(decoder: StagedDecoder) -> list[str]:
+    """The methods that the decoder's stages allow, in the order of ``METHODS``."""
+    available = []
+    for method in METHODS:
+        with suppress(ValueError):
+            decoder.plan(method)
+            available.append(method)
+    return available
 
 
 def _timed(decoder, ids, max_new_tokens, method, sampling):
@@ -117,10 +129,9 @@ def _hf_row(hf: HFGenerate, prompt_ids: list[list[int]], lengths: list[int], bas
         new = hf.generate(ids, length)
         seconds += time.perf_counter() - start
         tokens += len(new)
-        equal += new == out.new_token_ids
-        if new != out.new_token_ids:
-            at = next(i for i, (a, b) in enumerate(zip(new, out.new_token_ids, strict=True)) if a != b)
-            differences.append({"token": at, "gap": hf.top_two_gap(ids + new[:at])})
+        difference = first_difference(new, out.new_token_ids, hf, ids)
+        equal += difference is None
+        differences += [difference] if difference else []
     base_tokens, base_seconds, _, _ = _totals(baseline)
     return {
         "method": "HF generate",

@@ -21,7 +21,7 @@ import torch
 from rich.progress import track
 
 from decoding import SpeculationConfig, StagedDecoder
-from decoding.compare import HFGenerate
+from decoding.compare import HFGenerate, first_difference
 from decoding.config import METHODS, chain
 from decoding.decoder import BUNDLED
 from profiling import machine, prompts
@@ -71,12 +71,11 @@ def run(chosen: dict, hf: HFGenerate, prompts_by_index: dict[int, list[int]], nu
         for row, (decoder, arguments) in zip(rows, chosen.values(), strict=True):
             out = decoder.generate(ids, max_new_tokens=num_tokens, ignore_eos=True, **arguments)
             _count(row, out)
-            if out.new_token_ids == want:
+            place = first_difference(want, out.new_token_ids, hf, ids)
+            if place is None:
                 row["equal"] += 1
-                continue
-            at = next(i for i, (a, b) in enumerate(zip(out.new_token_ids, want, strict=True)) if a != b)
-            place = {"prompt": index, "token": at, "gap": hf.top_two_gap(ids + want[:at])}
-            row["tied" if place["gap"] < TIE else "different"].append(place)
+            else:
+                row["tied" if place["gap"] < TIE else "different"].append({"prompt": index} | place)
     return rows
 
 
