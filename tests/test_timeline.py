@@ -1,6 +1,8 @@
 """``profiling.timeline``: its parts add up, whose code runs is told right, and a trace of a GPU is read right."""
 
+import json
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -225,6 +227,31 @@ def test_blocking_calls_are_counted():
 def test_an_eager_iteration_is_required():
     with pytest.raises(ValueError, match="no whole iteration with ranges"):
         trace.eager_iteration(trace.kernels(events([ITERATION] * 3, ranges=False, gap=1.0)))
+
+
+def test_a_gpu_is_measured_from_two_traces(bundled, monkeypatch, tmp_path):
+    """The first trace, under ranges, labels the kernels of the second; parts, idle time and waits are the second's.
+
+    There is no GPU here: what CUPTI would have written stands in for it.
+    """
+    waits = {"ph": "X", "cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 1200.0, "dur": 1.0, "args": {}}
+
+    @contextmanager
+    def profiled(activities, path):
+        yield
+        ranges = "eager" in path.name
+        found = events([ITERATION] * (2 if ranges else 4), ranges, gap=10.0) + ([] if ranges else [waits])
+        path.write_text(json.dumps({"traceEvents": found}))
+
+    monkeypatch.setattr(timeline, "profiled", profiled)
+    runs, facts = timeline.measure_cuda(bundled, PROMPTS, 6, tmp_path / "trace.json", method="staged")
+    assert facts["host waits per iteration"] == pytest.approx(1 / 3) and facts["kernels per iteration"] == 6
+    parts = {row["part"]: 1e3 * row["milliseconds"] for row in timeline.part_rows(runs, "cuda")}
+    assert parts["oracle: linear"] == pytest.approx(60) and parts["idle between iterations"] == pytest.approx(10)
+    assert parts["idle inside iterations"] == pytest.approx(5) and parts["total"] == pytest.approx(113)
+    weights = bundled.oracle.model.weights.bytes_per_pass
+    oracle = next(row for row in timeline.traffic_rows(runs) if row["stage"] == "oracle")
+    assert oracle["gb_per_s"] == pytest.approx(1e-9 * weights / 60e-6, rel=0.1)
 
 
 def two_iterations() -> Run:
