@@ -26,26 +26,13 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from decoding import StagedDecoder
-from decoding.compare import DEMO_PROMPTS
-from decoding.config import METHODS
+from decoding.compare import DEMO_PROMPTS, available_methods
 from profiling import chart, machine, prompts, timeline_tables, trace
 from profiling.instruction_samples import owners, sampling
 from profiling.spans import PREFILL, Run, bytes_moved, generate, instrumented
 
 SETTINGS = {"greedy": {}, "top-k 50, T = 1": {"do_sample": True, "top_k": 50, "temperature": 1.0}}
 SHORT = 24  # tokens of a generation that only warms up or shows the order of kernels
-
-
-def available_methods(decoder: StagedDecoder) -> list[str]:
-    """The methods that the decoder has the stages for."""
-    found = []
-    for method in METHODS:
-        try:
-            decoder.plan(method)
-        except ValueError:
-            continue
-        found.append(method)
-    return found
 
 
 def measure_cpu(decoder: StagedDecoder, prompt_ids: list[list[int]], num_tokens: int, **how) -> tuple[list[Run], dict]:

@@ -14,7 +14,6 @@ from decoding.config import METHODS
 from profiling import chart, timeline, timeline_tables, trace
 from profiling.instruction_samples import owners, sampling
 from profiling.spans import PREFILL, VERIFY, Run, Span, Timed, generate, instrumented, label
-from tests.helpers import hf_model
 
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7]]
 
@@ -279,8 +278,3 @@ def test_the_trace_of_a_cpu_opens_in_perfetto(tmp_path):
         (VERIFY, 7e6, 1e6),
     ]
     assert len({event["tid"] for event in found}) == 3
-
-
-def test_methods_without_their_stage_are_left_out():
-    decoder = StagedDecoder.from_pretrained(hf_model(), None, None, dtype="float32")
-    assert timeline.available_methods(decoder) == ["baseline"]
