@@ -179,11 +179,11 @@ def outside_operators(events: list[dict]) -> float:
     """Share of the time after the prefill that no torch operator ran, on the thread that ran the prefill."""
     begin = [event for event in events if event["name"] == PREFILL and event.get("cat") == "user_annotation"][-1]
     start, thread = begin["ts"] + begin["dur"], begin["tid"]
-    later = [event for event in events if event["ts"] >= start and event["tid"] == thread]
+    mine = [event for event in events if event["tid"] == thread]
     covered, latest = 0.0, start
-    for event in later:
+    for event in mine:
         end = event["ts"] + event["dur"]
         if event.get("cat") == "cpu_op" and end > latest:
             covered, latest = covered + end - max(event["ts"], latest), end
-    finished = max(event["ts"] + event["dur"] for event in later)
+    finished = max(event["ts"] + event["dur"] for event in mine)
     return 1 - covered / (finished - start)
