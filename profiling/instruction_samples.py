@@ -14,12 +14,12 @@ import os
 import platform
 import struct
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-OWNERS = ("interpreter", "numpy", "torch", "C library", "other")
+INTERPRETER = "interpreter"
+OWNERS = (INTERPRETER, "numpy", "torch", "C library", "other")
 _SYSCALLS = {"x86_64": 298, "aarch64": 241}
 _ATTRIBUTE_BYTES, _SOFTWARE, _CPU_CLOCK = 112, 1, 0
 _SAMPLE_IP, _SAMPLE_TIME, _SAMPLE = 1, 4, 9
@@ -84,16 +84,15 @@ def _open(rate: int) -> int | None:
     return descriptor if descriptor >= 0 else None
 
 
-def owners(samples: list[tuple[float, int]], start: float, end: float) -> Counter:
-    """How many of the samples between ``start`` and ``end`` lie in whose code."""
+def owners(samples: list[tuple[float, int]]) -> list[tuple[float, str]]:
+    """Time of each sample and whose code it lies in, one of OWNERS."""
     regions = _executable_regions(Path("/proc/self/maps").read_text())
     starts = [region[0] for region in regions]
-    found: Counter = Counter()
+    found = []
     for seconds, pointer in samples:
-        if start <= seconds <= end:
-            index = bisect.bisect_right(starts, pointer) - 1
-            inside = index >= 0 and pointer < regions[index][1]
-            found[_owner(regions[index][2]) if inside else "other"] += 1
+        index = bisect.bisect_right(starts, pointer) - 1
+        inside = index >= 0 and pointer < regions[index][1]
+        found.append((seconds, _owner(regions[index][2]) if inside else "other"))
     return found
 
 
@@ -111,7 +110,7 @@ def _executable_regions(maps: str) -> list[tuple[int, int, str]]:
 def _owner(path: str) -> str:
     name = Path(path).name
     if name.startswith(("python", "libpython")):
-        return "interpreter"
+        return INTERPRETER
     if "/numpy" in path:
         return "numpy"
     if not path or "/torch" in path or name.startswith("libgomp"):  # no file: code that oneDNN generates

@@ -5,6 +5,7 @@ Python between the operations. Outside ``instrumented`` nothing of this exists, 
 torch.profiler, NVTX or Proton) may be opened around the same calls: on a GPU they say whose kernels are whose.
 """
 
+import bisect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -65,6 +66,11 @@ class Run(NamedTuple):
         for span in self.spans:
             found[span.part] += span.end - span.start
         return found
+
+    def lane_at(self, seconds: float) -> str | None:
+        """The lane of the span that covers a moment, None between operations."""
+        index = bisect.bisect_right(self.spans, seconds, key=lambda span: span.start) - 1
+        return self.spans[index].lane if index >= 0 and seconds <= self.spans[index].end else None
 
     def iterations(self) -> list[tuple[float, float]]:
         """Start and end of each: from the end of one verification to the end of the next."""

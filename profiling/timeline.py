@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from decoding import StagedDecoder
 from decoding.compare import DEMO_PROMPTS, available_methods
 from profiling import chart, machine, prompts, timeline_tables, trace
-from profiling.instruction_samples import owners, sampling
+from profiling.instruction_samples import INTERPRETER, owners, sampling
 from profiling.spans import PREFILL, Run, bytes_moved, generate, instrumented
 
 SETTINGS = {"greedy": {}, "top-k 50, T = 1": {"do_sample": True, "top_k": 50, "temperature": 1.0}}
@@ -38,20 +38,31 @@ SHORT = 24  # tokens of a generation that only warms up or shows the order of ke
 def measure_cpu(decoder: StagedDecoder, prompt_ids: list[list[int]], num_tokens: int, **how) -> tuple[list[Run], dict]:
     """Spans of all prompts, and the strict shares: whose code ran, and no torch operator."""
     decoder.generate(prompt_ids[0], min(SHORT, num_tokens), seed=0, **how)
-    runs, found = [], Counter()
+    runs, sampled = [], []
     with instrumented(decoder) as recorder, sampling() as samples:
         for ids in prompt_ids:
-            run = generate(decoder, recorder, ids, num_tokens, **how)
-            runs.append(run)
+            runs.append(generate(decoder, recorder, ids, num_tokens, **how))
             if samples is not None:
-                found += owners(samples.take(), run.started, run.finished)
-    facts = {f"in: {owner}": count / found.total() for owner, count in found.items()}
+                sampled.append(owners(samples.take()))
+    facts = code_shares(runs, sampled) if sampled else {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         with profiled([ProfilerActivity.CPU], path), instrumented(decoder, _only_prefill) as recorder:
             generate(decoder, recorder, prompt_ids[0], num_tokens, **how)
         facts["outside torch operators"] = trace.outside_operators(trace.read(path))
     return runs, facts
+
+
+def code_shares(runs: list[Run], sampled: list[list[tuple[float, str]]]) -> dict[str, float]:
+    """Whose code ran, as shares of all samples of the iterations, and in which lanes the interpreter did."""
+    total, found = 0, Counter()
+    for run, samples in zip(runs, sampled, strict=True):
+        for seconds, owner in samples:
+            if run.started <= seconds <= run.finished:
+                total += 1
+                found[owner] += 1
+                found[f"{INTERPRETER}, {run.lane_at(seconds) or 'between operations'}"] += owner == INTERPRETER
+    return {f"in: {name}": count / max(1, total) for name, count in found.items() if count}
 
 
 def _only_prefill(text: str) -> AbstractContextManager:
@@ -178,20 +189,24 @@ def under_ranges(decoder: StagedDecoder, prompt_ids: list[list[int]], num_tokens
         proton.finalize()
 
 
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--prompts", type=Path, help="folder with humaneval/HumanEval.jsonl.gz; default: three prompts")
+    flags.add_argument("--count", type=int, default=8, help="prompts; on a GPU the first one is traced")
+    flags.add_argument("--tokens", type=int, default=64)
+    flags.add_argument("--oracle", default="bundled")
+    flags.add_argument("--draft", default="auto", help="'none' for no draft")
+    flags.add_argument("--draft2", default="auto", help="'none' for no draft2")
+    flags.add_argument("--device", default="auto")
+    flags.add_argument("--dtype", default="auto")
+    flags.add_argument("--iterations", type=int, default=8, help="in the trace of a CPU")
+    flags.add_argument("--ranges", choices=["nvtx", "proton"], help="a GPU: only run, under ranges for another tool")
+    flags.add_argument("--out", type=Path, help="folder for rows, table and traces")
+    return flags
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, help="folder with humaneval/HumanEval.jsonl.gz; default: three prompts")
-    parser.add_argument("--count", type=int, default=8, help="prompts; on a GPU the first one is traced")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--oracle", default="bundled")
-    parser.add_argument("--draft", default="auto", help="'none' for no draft")
-    parser.add_argument("--draft2", default="auto", help="'none' for no draft2")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--iterations", type=int, default=8, help="in the trace of a CPU")
-    parser.add_argument("--ranges", choices=["nvtx", "proton"], help="a GPU: only run, under ranges for another tool")
-    parser.add_argument("--out", type=Path, help="folder for rows, table and traces")
-    flags = parser.parse_args()
+    flags = parser().parse_args()
     if flags.ranges and not torch.cuda.is_available():
         print("--ranges needs a GPU")
         return 2

@@ -2,6 +2,12 @@
 
 from decoding.config import METHODS
 
+STRICT = (
+    '"In" is whose code the thread was in, of its processor time, by samples of its instruction pointer; the C library '
+    'allocates, copies and computes for any of the others. "Outside torch operators" is measured under torch.profiler, '
+    "whose own work and numpy's count as outside: an upper bound."
+)
+
 
 def markdown(document: dict[str, list[dict]], conditions: str, charts: dict[str, str]) -> str:
     """Conditions; per setting a table of parts, of traffic and of facts; then the charts."""
@@ -11,6 +17,8 @@ def markdown(document: dict[str, list[dict]], conditions: str, charts: dict[str,
         methods = [method for method in METHODS if any(row["method"] == method for row in chosen["rows"])]
         lines += ["", f"## {setting}", "", *_parts(chosen["rows"], methods)]
         lines += ["", *_facts(chosen["facts"], methods), "", *_traffic(chosen["traffic"])]
+    if any("outside torch operators" in row for row in document["facts"]):
+        lines += ["", STRICT]
     lines += ["", "## The iteration of median length, first prompt"]
     for title, drawn in charts.items():
         lines += ["", f"{title}", "", "```", drawn.rstrip("\n"), "```"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from profiling import suite
+from decoding import cli
+from profiling import latency, suite, timeline
 from profiling.suite import Suite, run_all, run_process
 from profiling.suite_report import fitting_files, summary, write_report
 from profiling.suite_steps import Step, plan
@@ -150,6 +151,21 @@ def test_the_plan_with_models_uses_them(tmp_path):
     assert "distilgpt2" in paper and "--draft2" not in paper
     latency = next(step for step in steps if step.name == "latency-given").arguments
     assert latency[latency.index("--draft2") + 1] == "none"
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["--mini"], ["--oracle", "a", "--draft", "b"], ["--prompts", "/p", "--data", "/d"]]
+)
+def test_the_commands_understand_their_flags(tmp_path, given):
+    """Whatever was given, each command whose parser can be had accepts what the plan says to it."""
+    parsers = {"decoding": cli.parser(), "profiling.latency": latency.parser(), "profiling.timeline": timeline.parser()}
+    met = set()
+    for step in plan(flags(tmp_path, *given)):
+        module, *arguments = step.arguments[1:]
+        if module in parsers:
+            parsers[module].parse_args(arguments)
+            met.add(module)
+    assert met >= {"profiling.latency", "profiling.timeline"}
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch, capsys):

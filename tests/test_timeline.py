@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
@@ -58,8 +59,10 @@ def test_bytes_stand_beside_the_time_they_took(bundled, measured):
 def test_the_stricter_figures_are_shares(measured):
     for facts in measured[0]["facts"]:
         assert 0 < facts["outside torch operators"] < 1
-        shares = [value for name, value in facts.items() if name.startswith("in: ")]
-        assert not shares or sum(shares) == pytest.approx(1.0)
+        shares = {name[4:]: value for name, value in facts.items() if name.startswith("in: ")}
+        parts = [shares.pop(name) for name in list(shares) if name.startswith("interpreter, ")]
+        assert not shares or sum(shares.values()) == pytest.approx(1.0)
+        assert sum(parts) == pytest.approx(shares.get("interpreter", 0.0))
 
 
 def test_the_stand_in_is_gone_afterwards(bundled):
@@ -120,10 +123,22 @@ def test_whose_code_runs():
             "torch": busy(lambda: square @ square),
             "numpy": busy(lambda: np.sort(numbers)),
         }
-        taken = samples.take()
-    for owner, window in times.items():
-        found = owners(taken, *window)
+        taken = owners(samples.take())
+    for owner, (start, end) in times.items():
+        found = Counter(whose for seconds, whose in taken if start <= seconds <= end)
         assert found.total() > 20 and found[owner] > 0.8 * found.total(), (owner, found)
+
+
+def test_the_interpreter_is_found_in_its_lane():
+    """Samples outside the iterations do not count; those between operations are told apart."""
+    samples = [(0.5, "torch"), (1.0, "interpreter"), (6.5, "interpreter"), (7.5, "numpy"), (99.0, "interpreter")]
+    assert timeline.code_shares([two_iterations()], [samples]) == {
+        "in: torch": 0.25,
+        "in: interpreter": 0.5,
+        "in: interpreter, oracle": 0.25,
+        "in: interpreter, between operations": 0.25,
+        "in: numpy": 0.25,
+    }
 
 
 def test_time_outside_torch_operators(tmp_path):
