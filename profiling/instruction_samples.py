@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 INTERPRETER = "interpreter"
-OWNERS = (INTERPRETER, "numpy", "torch", "C library", "other")
 _SYSCALLS = {"x86_64": 298, "aarch64": 241}
 _ATTRIBUTE_BYTES, _SOFTWARE, _CPU_CLOCK = 112, 1, 0
 _SAMPLE_IP, _SAMPLE_TIME, _SAMPLE = 1, 4, 9
@@ -85,7 +84,7 @@ def _open(rate: int) -> int | None:
 
 
 def owners(samples: list[tuple[float, int]]) -> list[tuple[float, str]]:
-    """Time of each sample and whose code it lies in, one of OWNERS."""
+    """Time of each sample and whose code it lies in: INTERPRETER, "numpy", "torch", "C library" or "other"."""
     regions = _executable_regions(Path("/proc/self/maps").read_text())
     starts = [region[0] for region in regions]
     found = []
