@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUNDLED_FIRST = 0.1  # of the budget, for what is measured on the bundled models before larger ones exist
+BUNDLED_FIRST = 0.2  # of the budget, for what is measured on the bundled models before larger ones exist
 
 
 @dataclass(frozen=True)

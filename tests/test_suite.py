@@ -235,12 +235,16 @@ def _still_training(out: Path) -> bool:
 
 
 def test_a_terminated_suite_stops_its_step(tmp_path):
-    """SIGTERM: the step's process ends with the suite's, and its row says that it was interrupted."""
-    steps = [python("long", "import time; time.sleep(60)")]
-    signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
-    made = Suite(tmp_path, steps, FACTS)
-    with pytest.raises(SystemExit):
-        run_all(made, HOUR, time.monotonic() + HOUR)
+    """A signal whose handler exits, as that of SIGTERM does: the step's process ends, its row says interrupted."""
+    steps = [python("long", "import os, time; print(os.getpid()); time.sleep(60)")]
+    made, before = Suite(tmp_path, steps, FACTS), signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.5)
+        with pytest.raises(SystemExit):
+            run_all(made, HOUR, time.monotonic() + HOUR)
+    finally:
+        signal.signal(signal.SIGALRM, before)
     assert statuses(tmp_path) == {"long": "interrupted"} and made.next_step() is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "logs" / "long.txt").read_text().splitlines()[-1]), 0)
     assert Suite(tmp_path, steps, FACTS).next_step() is not None
