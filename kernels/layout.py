@@ -31,6 +31,11 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
+def moment_part(dtype: torch.dtype) -> int:
+    """Values of a row whose moments are kept together; tiles of the layers that leave moments are a multiple of it."""
+    return 32 if dtype == torch.float32 else 64
+
+
 def shared_end(positions: torch.Tensor) -> torch.Tensor:
     """First position of the tail of queries at ``positions`` [N]; see the module docstring."""
     return (positions - DEPTH_LIMIT).clip(0) // TAIL_ALIGNMENT * TAIL_ALIGNMENT

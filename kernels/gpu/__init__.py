@@ -13,6 +13,7 @@ from kernels.gpu.forward import (
 )
 from kernels.gpu.launch import interpreting
 from kernels.gpu.lookup import learn, lookup_nodes
+from kernels.gpu.moments import new_moments
 from kernels.gpu.route import embed, route
 from kernels.gpu.rows import stage_rows
 from kernels.gpu.sampling import draw
@@ -43,6 +44,7 @@ __all__ = [
     "linear_residual",
     "lm_head",
     "lookup_nodes",
+    "new_moments",
     "new_chain",
     "new_progress",
     "new_recent",

@@ -38,9 +38,29 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
     return onednn._reorder_linear_weight(weight, ROW_BLOCK) if supported.get(weight.dtype) else weight
 
 
-def embed(tokens: torch.Tensor, positions: torch.Tensor, wte: torch.Tensor, wpe: torch.Tensor) -> torch.Tensor:
-    """Sum of token and position embeddings: tokens, positions int32 [N], wte [V, C], wpe [P, C] -> [N, C]."""
-    return wte[tokens] + wpe[positions]
+def embed(
+    tokens: torch.Tensor,  # int32 [N]
+    positions: torch.Tensor,  # int32 [N]
+    wte: torch.Tensor,  # [V, C]
+    wpe: torch.Tensor,  # [P, C]
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
+) -> torch.Tensor:
+    """Sum of token and position embeddings -> [N, C]."""
+    return _with_moments(wte[tokens] + wpe[positions], moments)
+
+
+def new_moments(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """What ``embed`` and ``linear_residual`` are to fill for the next layer norm: None, the twin makes no use of it."""
+    return None
+
+
+def _with_moments(y: torch.Tensor, moments: torch.Tensor | None) -> torch.Tensor:
+    """``y`` [N, C] itself; ``moments``, if given, receives mean and squared deviations of P equal parts of a row."""
+    if moments is not None:
+        parts = y.unflatten(1, (moments.shape[2], -1)).to(moments.dtype)
+        mean = parts.mean(2)
+        moments.copy_(torch.stack([mean, (parts - mean[..., None]).square().sum(2)], 1))
+    return y
 
 
 def layer_norm_linear(
@@ -51,6 +71,7 @@ def layer_norm_linear(
     weight: torch.Tensor,  # [M, C]
     bias: torch.Tensor | None,  # [M]
     activation: str | None = None,  # None, "gelu_tanh", "gelu"
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of x; the twin takes its own
 ) -> torch.Tensor:
     """activation(layer_norm(x) @ weight.T + bias) -> [N, M]."""
     return _linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias, activation)
@@ -158,6 +179,7 @@ def layer_norm_qkv(
     k_cache: torch.Tensor,  # [slots, H, D], written
     v_cache: torch.Tensor,  # [slots, H, D], written
     route: Route,
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of x; the twin takes its own
 ) -> torch.Tensor:
     """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
     qkv = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
@@ -230,9 +252,15 @@ def _gather(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return cache.flatten(0, 1).index_select(0, rows.flatten()).float().view(*rows.shape, -1)
 
 
-def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """residual [N, M] + x [N, K] @ weight [M, K].T + bias [M] -> [N, M]."""
-    return residual + _linear(x, weight, bias)
+def linear_residual(
+    x: torch.Tensor,  # [N, K]
+    weight: torch.Tensor,  # [M, K]
+    bias: torch.Tensor,  # [M]
+    residual: torch.Tensor,  # [N, M]
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
+) -> torch.Tensor:
+    """residual + x @ weight.T + bias -> [N, M]."""
+    return _with_moments(residual + _linear(x, weight, bias), moments)
 
 
 def lm_head(
