@@ -26,6 +26,7 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from decoding import StagedDecoder
+from decoding.cli import add_model_flags, load_decoder
 from decoding.compare import DEMO_PROMPTS, available_methods
 from profiling import chart, machine, prompts, timeline_tables, trace
 from profiling.instruction_samples import INTERPRETER, owners, sampling
@@ -194,14 +195,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--prompts", type=Path, help="folder with humaneval/HumanEval.jsonl.gz; default: three prompts")
     flags.add_argument("--count", type=int, default=8, help="prompts; on a GPU the first one is traced")
     flags.add_argument("--tokens", type=int, default=64)
-    flags.add_argument("--oracle", default="bundled")
-    flags.add_argument("--draft", default="auto", help="'none' for no draft")
-    flags.add_argument("--draft2", default="auto", help="'none' for no draft2")
-    flags.add_argument("--device", default="auto")
-    flags.add_argument("--dtype", default="auto")
     flags.add_argument("--iterations", type=int, default=8, help="in the trace of a CPU")
     flags.add_argument("--ranges", choices=["nvtx", "proton"], help="a GPU: only run, under ranges for another tool")
     flags.add_argument("--out", type=Path, help="folder for rows, table and traces")
+    add_model_flags(flags)
     return flags
 
 
@@ -210,8 +207,11 @@ def main() -> int:
     if flags.ranges and not torch.cuda.is_available():
         print("--ranges needs a GPU")
         return 2
-    lower = {name: None if getattr(flags, name) == "none" else getattr(flags, name) for name in ("draft", "draft2")}
-    decoder = StagedDecoder.from_pretrained(flags.oracle, **lower, device=flags.device, dtype=flags.dtype)
+    try:
+        decoder = load_decoder(flags)
+    except ValueError as error:
+        print(f"profiling.timeline: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     texts = prompts.humaneval(flags.prompts)[: flags.count] if flags.prompts else list(DEMO_PROMPTS)[: flags.count]
     prompt_ids = [decoder.encode(text) for text in texts]
     with tempfile.TemporaryDirectory() as scratch:
