@@ -19,6 +19,7 @@ TAIL_LANES = DEPTH_LIMIT + TAIL_ALIGNMENT
 SHARED_WINDOW = 128  # keys per product of the shared part, torch backend
 ROW_BLOCK = 16  # rows per product of the torch backend
 MAX_ROWS = 128  # rows of one pass over a tree; a longer pass is a prefill
+MOMENT_PART = 32  # values of a row whose moments are kept together; tiles that leave moments are a multiple of it
 VOCAB_TILE = 64  # logits whose maximum the output head may keep for the sampler
 MAX_PROBES = 16  # buckets that a look-up of a successor table may visit; the builder keeps within it
 LEAST_REST = 1e-6  # mass outside a remembered row, where rounding leaves none
@@ -29,11 +30,6 @@ ALIGNMENT = 16  # bytes; a less aligned pointer would select another binary, wit
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor``, or a copy where it does not start at a multiple of ALIGNMENT, as views of files may not."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
-
-
-def moment_part(dtype: torch.dtype) -> int:
-    """Values of a row whose moments are kept together; tiles of the layers that leave moments are a multiple of it."""
-    return 32 if dtype == torch.float32 else 64
 
 
 def shared_end(positions: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ class GPT2:
             query.slot_mapping,
         )
         eps = config.layer_norm_epsilon
-        moments = ops.new_moments(len(query.tokens), config.n_embd, self.dtype, self.device)  # of x, for layer norms
+        moments = ops.new_moments(len(query.tokens), config.n_embd, self.device)  # of x, for layer norms
         x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe, moments)  # [N, C]
         for i, layer in enumerate(weights.layers):
             k, v = cache.k[i], cache.v[i]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.layout import DEPTH_LIMIT, MAX_ROWS, TAIL_LANES, VOCAB_TILE, moment_part
+from kernels.layout import DEPTH_LIMIT, MAX_ROWS, MOMENT_PART, TAIL_LANES, VOCAB_TILE
 
 MAX_DEPTH = 12  # of the trees made here
 EPS = 1e-5
@@ -95,7 +95,7 @@ def operations(
     wte, wpe, norm = rand(vocab, c), rand(shape.positions, c), (rand(c), rand(c), EPS)
     attn_w, proj_w, fc_w, mlp_w = rand(3 * c, c), rand(c, c), rand(4 * c, c), rand(c, 4 * c)
     attn_b, proj_b, fc_b = rand(3 * c), rand(c), rand(4 * c)
-    parts = x.float().unflatten(1, (-1, moment_part(dtype)))
+    parts = x.float().unflatten(1, (-1, MOMENT_PART))
     mean = parts.mean(2)
     moments = torch.stack([mean, (parts - mean[..., None]).square().sum(2)], 1)  # of x, as if it had been left behind
     left = torch.empty_like(moments)

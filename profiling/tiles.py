@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.gpu.config import LinearTiles
-from kernels.layout import VOCAB_TILE, moment_part
+from kernels.layout import MOMENT_PART, VOCAB_TILE
 
 KIB = 1024
 ROWS, OUTPUTS, WARPS, STAGES = (16, 32, 64), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5)
@@ -51,7 +51,7 @@ def candidates(
     """
     outputs_allowed = [VOCAB_TILE] if name == "lm_head" else list(OUTPUTS)
     if name in ("attn_proj", "mlp_proj"):
-        outputs_allowed = [outputs for outputs in OUTPUTS if outputs % moment_part(dtype) == 0]
+        outputs_allowed = [outputs for outputs in OUTPUTS if outputs % MOMENT_PART == 0]
     if name == "layer_norm_qkv":
         outputs_allowed = [outputs for outputs in OUTPUTS if num_outputs // 3 % outputs == 0]
     depths = (32, 64) if dtype == torch.float32 else (64, 128, 256)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.layout import VOCAB_TILE, moment_part
+from kernels.layout import MOMENT_PART, VOCAB_TILE
 from kernels.reference import path_slots
 from model.gpt2 import Query
 from model.kv_cache import PagedKVCache
@@ -183,7 +183,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, cache: PagedKVCache, query: Query,
         fc_bias=normal(shape.inner),
         proj_weight=normal(width, shape.inner, scale=shape.inner**-0.5),
         proj_bias=normal(width),
-        moments=torch.full((n, 2, -(-width // moment_part(dtype))), float("nan"), device=DEVICE),
+        moments=torch.full((n, 2, -(-width // MOMENT_PART)), float("nan"), device=DEVICE),
     )
 
 

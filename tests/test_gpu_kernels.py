@@ -244,14 +244,14 @@ def test_moments_left_behind_are_those_taken(width, dtype):
     ones, eye = x.new_ones(width), torch.eye(width, dtype=dtype, device=DEVICE)
     arguments = (x, ones, torch.zeros_like(ones), EPS, eye, None, None)
     taken = gpu.layer_norm_linear(*arguments)
-    left = gpu.new_moments(5, width, dtype, x.device).fill_(float("nan"))
+    left = gpu.new_moments(5, width, x.device).fill_(float("nan"))
     zero = x.new_zeros(width, width)
     assert torch.equal(gpu.linear_residual(x, zero, x.new_zeros(width), x, left), x)
     assert_near(gpu.layer_norm_linear(*arguments, left), taken, dtype)
     other = gpu.layer_norm_linear(*arguments, left.roll(1, 0).contiguous())
     assert (other - taken).abs().max() > 1e-2
     assert_near(taken, F.layer_norm(x.double(), (width,), eps=EPS), dtype)
-    assert reference.new_moments(5, width, dtype, x.device) is None, "the twin takes its own"
+    assert reference.new_moments(5, width, x.device) is None, "the twin takes its own"
 
 
 @DTYPES

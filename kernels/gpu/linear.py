@@ -23,7 +23,7 @@ from kernels.gpu.arrival import arrive
 from kernels.gpu.config import LinearTiles, linear_tiles, prefill_tiles
 from kernels.gpu.launch import FLOATS, architecture, arrivals, is_amd, launch, require
 from kernels.gpu.moments import load_moments, row_moments, store_moments
-from kernels.layout import MAX_ROWS, VOCAB_TILE, moment_part
+from kernels.layout import MAX_ROWS, MOMENT_PART, VOCAB_TILE
 
 _ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2}
 
@@ -213,7 +213,7 @@ def linear(
     Raises ValueError before the launch for what the kernel does not take: see ``require``, and rows over capacity.
     """
     num_rows, depth = x.shape
-    num_outputs, device, dtype, part = weight.shape[0], x.device, x.dtype, moment_part(x.dtype)
+    num_outputs, device, dtype = weight.shape[0], x.device, x.dtype
     require("x", x, (None, None), FLOATS, device)
     require("weight", weight, (None, depth), dtype, device)
     if bias is not None:
@@ -223,7 +223,7 @@ def linear(
         require("norm_weight", norm_weight, (depth,), dtype, device)
         require("norm_bias", norm_bias, (depth,), dtype, device)
     if moments is not None:
-        require("moments", moments, (num_rows, 2, triton.cdiv(depth, part)), torch.float32, device)
+        require("moments", moments, (num_rows, 2, triton.cdiv(depth, MOMENT_PART)), torch.float32, device)
     if residual is not None:
         require("residual", residual, (num_rows, num_outputs), dtype, device)
     if activation not in _ACTIVATIONS:
@@ -248,9 +248,9 @@ def linear(
             raise ValueError(f"tile_maxima need tiles of {VOCAB_TILE} outputs, got {tiles.outputs}")
         require("tile_maxima", tile_maxima, (num_rows, triton.cdiv(num_outputs, VOCAB_TILE)), torch.float32, device)
     if out_moments is not None:
-        if tiles.outputs % part:
-            raise ValueError(f"moments need tiles of a multiple of {part} outputs, got {tiles.outputs}")
-        require("moments", out_moments, (num_rows, 2, triton.cdiv(num_outputs, part)), torch.float32, device)
+        if tiles.outputs % MOMENT_PART:
+            raise ValueError(f"moments need tiles of a multiple of {MOMENT_PART} outputs, got {tiles.outputs}")
+        require("moments", out_moments, (num_rows, 2, triton.cdiv(num_outputs, MOMENT_PART)), torch.float32, device)
     if norm is not None and moments is None:
         moments = row_moments(x)
     k_cache, v_cache, slots = scatter or (None, None, None)
@@ -286,8 +286,8 @@ def linear(
             "OUT_STRIDE": out.stride(0),
             "EPS": eps,
             "ACTIVATION": _ACTIVATIONS[activation],
-            "PART": part,
-            "BLOCK_PARTS": triton.next_power_of_2(triton.cdiv(depth, part)),
+            "PART": MOMENT_PART,
+            "BLOCK_PARTS": triton.next_power_of_2(triton.cdiv(depth, MOMENT_PART)),
             "AMD": is_amd(),
             "BLOCK_ROWS": tiles.rows,
             "BLOCK_OUT": tiles.outputs,

@@ -3,8 +3,7 @@
 A layer norm needs mean and deviation of a whole row, which no program of the linear layer before it holds. Each leaves
 the mean and the sum of squared deviations of the parts that it wrote; the layer that reads the row merges its P parts
 (Chan, Golub & LeVeque 1983, pairwise update, equation 1.5) with one small load, where it would otherwise read every row
-twice. Moments are of the rows as stored, rounded to their dtype. A part's size depends on the dtype alone, so the sums
-have one order whoever took them.
+twice. Moments are of the rows as stored, rounded to their dtype.
 """
 
 import torch
@@ -12,12 +11,12 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import FLOATS, launch, require
-from kernels.layout import moment_part
+from kernels.layout import MOMENT_PART
 
 
-def new_moments(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def new_moments(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     """What ``embed`` and ``linear_residual`` are to fill for the next layer norm: float32 [N, 2, P], uninitialised."""
-    return torch.empty(num_rows, 2, triton.cdiv(width, moment_part(dtype)), dtype=torch.float32, device=device)
+    return torch.empty(num_rows, 2, triton.cdiv(width, MOMENT_PART), dtype=torch.float32, device=device)
 
 
 @triton.jit
@@ -91,13 +90,12 @@ def row_moments(x: torch.Tensor) -> torch.Tensor:
     """Moments of ``x`` [N, C] that nobody left behind. One launch."""
     require("x", x, (None, None), FLOATS, x.device)
     num_rows, width = x.shape
-    moments = new_moments(num_rows, width, x.dtype, x.device)
-    launch(_row_moments_kernel, (num_rows,), {"x_ptr": x, "moments_ptr": moments}, constants(width, x.dtype))
+    moments = new_moments(num_rows, width, x.device)
+    launch(_row_moments_kernel, (num_rows,), {"x_ptr": x, "moments_ptr": moments}, constants(width))
     return moments
 
 
-def constants(width: int, dtype: torch.dtype) -> dict[str, int]:
+def constants(width: int) -> dict[str, int]:
     """The kernels' constants for rows of ``width``, a program that holds a whole row."""
-    part = moment_part(dtype)
-    parts = triton.cdiv(width, part)
-    return {"WIDTH": width, "PARTS": parts, "PART": part, "BLOCK": part * triton.next_power_of_2(parts)}
+    parts = triton.cdiv(width, MOMENT_PART)
+    return {"WIDTH": width, "PARTS": parts, "PART": MOMENT_PART, "BLOCK": MOMENT_PART * triton.next_power_of_2(parts)}

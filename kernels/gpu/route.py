@@ -65,7 +65,7 @@ def embed(
     require("positions", positions, (num_rows,), torch.int32, wte.device)
     require("wte", wte, (None, None), FLOATS, wte.device)
     require("wpe", wpe, (None, width), wte.dtype, wte.device)
-    compiled = constants(width, wte.dtype)
+    compiled = constants(width)
     if moments is not None:
         require("moments", moments, (num_rows, 2, compiled["PARTS"]), torch.float32, wte.device)
     out = torch.empty(num_rows, width, dtype=wte.dtype, device=wte.device)

@@ -49,7 +49,7 @@ def embed(
     return _with_moments(wte[tokens] + wpe[positions], moments)
 
 
-def new_moments(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def new_moments(num_rows: int, width: int, device: torch.device) -> torch.Tensor | None:
     """What ``embed`` and ``linear_residual`` are to fill for the next layer norm: None, the twin makes no use of it."""
     return None
 
