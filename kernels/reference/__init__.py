@@ -1,20 +1,17 @@
 """The torch specification of every operation, one name and signature per Triton kernel, and the CPU backend."""
 
-from kernels.reference.forward import (
-    PREFILL_ROWS,
-    embed,
+from kernels.reference.attention import tree_attention
+from kernels.reference.linear import (
     layer_norm_linear,
     layer_norm_qkv,
     linear_residual,
     lm_head,
-    new_moments,
     new_tile_maxima,
     packed,
-    path_slots,
-    route,
-    tree_attention,
 )
 from kernels.reference.lookup import hash_context, learn, lookup, lookup_nodes, new_recent
+from kernels.reference.moments import new_moments
+from kernels.reference.route import PREFILL_ROWS, embed, path_slots, route
 from kernels.reference.rows import stage_rows
 from kernels.reference.sampling import draw, gumbel_noise, philox
 from kernels.reference.state import new_chain, new_progress, state_device
