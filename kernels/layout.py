@@ -68,12 +68,13 @@ class Progress(NamedTuple):
     reach: torch.Tensor  # int32 [stages, 4]
     contexts: torch.Tensor  # int32 [stages], positions that each stage can be fed
     max_depth: torch.Tensor  # int32 [1], deepest node that the configuration allows
-    eos: torch.Tensor  # int32 [any], tokens that end the text
+    eos: torch.Tensor  # int32 [EOS_CAPACITY or more], tokens that end the text, then -1
     state: torch.Tensor  # int32 [1], RUNNING, EOS, LENGTH, or -1 - the stage that gave NaN
     record: torch.Tensor  # int32 [RECORD], what the last iteration did; see ``Record``
 
 
 RUNNING, EOS, LENGTH = 0, 1, 2
+EOS_CAPACITY = 8  # so that generations with few end-of-text tokens have state of one shape
 MAX_STAGES = 8
 RUN = 48  # places for the tokens of one iteration, DEPTH_LIMIT + 1 of them used
 
@@ -143,8 +144,12 @@ class Sampling(NamedTuple):
     """What shapes a draw. Greedy is ``noise=False`` with every filter off."""
 
     noise: bool
-    seed: int  # 64 bits
+    seed: torch.Tensor  # int32 [2], a 64-bit seed, low word first; read by the draws, so that a capture outlives it
     temperature: float
     top_k: int  # 0 = off
     top_p: float  # 1.0 = off
     min_p: float  # 0.0 = off
+
+    def to(self, device: torch.device | str) -> "Sampling":
+        """The same rule, its seed on ``device``."""
+        return self._replace(seed=self.seed.to(device))

@@ -13,13 +13,14 @@ from kernels.reference.lookup import hash_context, learn, lookup, lookup_nodes, 
 from kernels.reference.moments import new_moments
 from kernels.reference.route import PREFILL_ROWS, embed, path_slots, route
 from kernels.reference.rows import stage_rows
-from kernels.reference.sampling import draw, gumbel_noise, philox
-from kernels.reference.state import new_chain, new_progress, state_device
+from kernels.reference.sampling import draw, gumbel_noise, philox, seed_number
+from kernels.reference.state import capturable, new_chain, new_progress, new_seed, state_device
 from kernels.reference.tree import insert_children, new_tree, reroot, select_nodes
 from kernels.reference.verify import verify, verify_and_commit
 
 __all__ = [
     "PREFILL_ROWS",
+    "capturable",
     "draw",
     "embed",
     "gumbel_noise",
@@ -36,12 +37,14 @@ __all__ = [
     "new_moments",
     "new_progress",
     "new_recent",
+    "new_seed",
     "new_tile_maxima",
     "new_tree",
     "packed",
     "path_slots",
     "philox",
     "reroot",
+    "seed_number",
     "route",
     "select_nodes",
     "stage_rows",
