@@ -69,7 +69,7 @@ def compare(
     """
     prompt_ids = [decoder.encode(prompt) for prompt in prompts]
     sampling = {"seed": 0, "ignore_eos": True} | sampling
-    available = [method for method in METHODS if _is_available(decoder, method)]
+    available = available_methods(decoder)
     runs = {}
     for method in available:
         decoder.generate(prompt_ids[0], max_new_tokens=8, method=method, **sampling)
@@ -82,12 +82,16 @@ def compare(
     return rows, [out for out, _ in runs[available[-1]]]
 
 
-def _is_available(decoder: StagedDecoder, method: str) -> bool:
-    try:
-        decoder.plan(method)
-    except ValueError:
-        return False
-    return True
+def available_methods(decoder: StagedDecoder) -> list[str]:
+    """The methods that this decoder's stages allow, the baseline first."""
+    found = []
+    for method in METHODS:
+        try:
+            decoder.plan(method)
+        except ValueError:
+            continue
+        found.append(method)
+    return found
 
 
 def _timed(decoder, ids, max_new_tokens, method, sampling):
