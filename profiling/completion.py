@@ -51,7 +51,8 @@ def _png(text: Text, key: Text, file: Path, size: float = 9.0) -> Path:
                 axes.add_patch(Rectangle((x, y), segment.cell_length, 1, color=PAPER[name], lw=0))
             weight = "bold" if segment.style and segment.style.bold else "normal"
             look = {"family": "DejaVu Sans Mono", "fontsize": size, "weight": weight, "va": "center"}
-            axes.text(x, y + 0.5, segment.text, color=INK.get(name, "#777777"), parse_math=False, **look)
+            shown = "".join(letter if letter.isprintable() else "·" for letter in segment.text)
+            axes.text(x, y + 0.5, shown, color=INK.get(name, "#777777"), parse_math=False, **look)
             x += segment.cell_length
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -44,9 +44,10 @@ def run(config: Config) -> Path:
         journal = Journal(config.out / "journal", shard, key, config.resume)
         for suite, methods in suites(session).items():
             measure(session, suite, methods, journal, shard)
-        journals = shard.gather(journal.cases)
-        if journals is not None:
-            write(session, about | {"rank_devices": shard.world_size}, merged(journals), shard.world_size)
+        gathered = shard.gather((journal.cases, about["device"]))
+        if gathered is not None:
+            journals, devices = zip(*gathered, strict=True)
+            write(session, about | {"processes": devices}, merged(journals))
         return config.out / "report.md"
     finally:
         shard.stop()
@@ -105,13 +106,15 @@ def main() -> int:
     is_quick = flags.pop("quick")
     config = Config(**flags)
     try:
-        print(run(config.quick() if is_quick else config))
+        report = run(config.quick() if is_quick else config)
     except TokensDiffer as error:
         print(f"tokens differ, nothing is reported: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"profiling.paper: {error}", file=sys.stderr)
         return 2
+    if Shard.from_environment().rank == 0:
+        print(report)
     return 0
 
 

@@ -47,18 +47,18 @@ def sorted_problems(rows: list[dict[str, Any]], title: str, stem: Path) -> list[
     for letter, axes, setting in zip("AB", all_axes[0], settings, strict=False):
         own = [row for row in rows if (row["suite"], row["setting"], row["extent"]) == ("paper", setting, FIXED)]
         baseline = [row for row in own if row["method"] == BASELINE]
-        for method in dict.fromkeys(row["method"] for row in own if row["method"] != BASELINE):
+        for index, method in enumerate(dict.fromkeys(row["method"] for row in own if row["method"] != BASELINE)):
             mine = [row for row in own if row["method"] == method]
             ratios = sorted(prompt_ratios(mine, baseline).values())
             place = np.linspace(0, 100, len(ratios)) if len(ratios) > 1 else [50.0]
             line = {"lw": 0.8, "ls": "--"} if mine[0]["kind"] == "peer" else {"lw": 1.8}
             line |= {} if len(ratios) > 1 else {"marker": "o"}
-            axes.plot(place, ratios, color=COLOURS.get(method), label=method, **line)
+            axes.plot(place, ratios, color=COLOURS.get(method, f"C{index + 3}"), label=method, **line)
         axes.axhline(1, color="black", lw=0.8)
         axes.set(title=f"{letter}: {setting}", xlabel="problems, slowest first (%)")
         axes.set_ylim(bottom=0)
     all_axes[0][0].set_ylabel("tokens/s relative to our baseline")
-    all_axes[0][0].legend(fontsize=7)
+    all_axes[0][0].legend(fontsize=7, loc="upper left")
     figure.suptitle(title, fontsize=9)
     return _saved(figure, stem)
 

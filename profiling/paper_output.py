@@ -15,7 +15,7 @@ from profiling.peers import NEVER
 from profiling.rows import write_csv
 
 
-def write(session: Session, about: dict[str, Any], rows: list[dict], num_processes: int) -> None:
+def write(session: Session, about: dict[str, Any], rows: list[dict]) -> None:
     """The roofline's points and the completion are measured; then every file of the report is written."""
     config, decoder, out = session.config, session.decoder, session.config.out
     model = decoder.oracle.model
@@ -29,7 +29,7 @@ def write(session: Session, about: dict[str, Any], rows: list[dict], num_process
         )
     document = {
         "about": about,
-        "run": described(session, num_processes),
+        "run": described(session),
         "skipped_peers": session.skipped,
         "ceilings": ceilings,
         "points": points,
@@ -52,7 +52,7 @@ def write(session: Session, about: dict[str, Any], rows: list[dict], num_process
     (out / "report.md").write_text(report(document, found, figures), encoding="utf-8")
 
 
-def described(session: Session, num_processes: int) -> dict[str, Any]:
+def described(session: Session) -> dict[str, Any]:
     """What the report says about the run beside the machine."""
     config = session.config
     names = {name: "/".join(Path(str(value)).parts[-2:]) for name, value in (("oracle", config.oracle),)}
@@ -65,7 +65,8 @@ def described(session: Session, num_processes: int) -> dict[str, Any]:
         "tokens": config.tokens,
         "seeds": config.seeds,
         "runtime": session.decoder.runtime,
-        "processes": num_processes,
+        "ablation_tokens": config.ablation_tokens,
+        "rehearsal": config.rehearsal,
     }
 
 

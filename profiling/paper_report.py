@@ -14,7 +14,9 @@ def report(document: dict[str, Any], bars: list[Bar], figures: dict[str, str]) -
     """``document`` is what ``paper.json`` holds; ``figures`` names the pictures that were drawn."""
     summary = document["summary"]
     parts = [
-        "# The paper's tables and figures, measured here",
+        "# Rehearsal in miniature, no result"
+        if document["run"]["rehearsal"]
+        else "# The paper's tables and figures, here",
         conditions(document),
         "## What was to be reached",
         bar_table(bars),
@@ -29,7 +31,7 @@ def report(document: dict[str, Any], bars: list[Bar], figures: dict[str, str]) -
         *pictures(figures),
         "## Peers",
         peer_lines(summary, document["skipped_peers"]),
-        *ablation_sections(summary),
+        *ablation_sections(summary, document["run"]["ablation_tokens"]),
         "## How it was measured",
         method_notes(document),
     ]
@@ -38,7 +40,8 @@ def report(document: dict[str, Any], bars: list[Bar], figures: dict[str, str]) -
 
 def conditions(document: dict[str, Any]) -> str:
     about, run = document["about"], document["run"]
-    shards = f", {run['processes']} processes" if run["processes"] > 1 else ""
+    devices = about["processes"]
+    shards = f", prompts shared by {len(devices)} processes on {', '.join(sorted(set(devices)))}" * (len(devices) > 1)
     return (
         f"{run['num_prompts']} prompts ({run['prompts']}), at most {run['tokens']} new tokens, batch 1, "
         f"{run['runtime']}; oracle {run['oracle']}, draft {run['draft']}, draft² {run['draft2']}; {about['device']}, "
@@ -145,15 +148,16 @@ def peer_lines(summary: list[dict], skipped: dict[str, str]) -> str:
     return "\n".join(lines) + f"\n\n{note}" if lines else "No peer was asked for."
 
 
-def ablation_sections(summary: list[dict]) -> list[str]:
+def ablation_sections(summary: list[dict], num_tokens: int) -> list[str]:
     """One table per thing that is varied, greedy and sampled side by side."""
     rows = [row for row in summary if row["suite"] == "ablations"]
     if not rows:
         return []
-    sections = [f"## Ablations\n\n{rows[0]['prompts']} of the prompts, fixed length.", best_chain(rows)]
+    extent = f"{rows[0]['prompts']} of the prompts, {num_tokens} new tokens; bytes and speed relative to the baseline."
+    sections = [f"## Ablations\n\n{extent}", best_chain(rows)]
     settings = [setting for setting in SETTINGS if any(row["setting"] == setting for row in rows)]
-    names = ["tokens per pass", "acceptance", "bytes", "speed", "repeated 8-grams"]
-    header = ["", *(f"{name}, {setting}" for setting in settings for name in names)]
+    names = ["tokens per pass", "acceptance", "repeated 8-grams", "bytes", "speed"]
+    header = ["", *(f"{setting.split()[0]}: {name}" for setting in settings for name in names)]
     for kind, title in KINDS.items():
         lines = []
         for method in dict.fromkeys(row["method"] for row in rows if row["kind"] == kind):
@@ -167,8 +171,8 @@ def ablation_sections(summary: list[dict]) -> list[str]:
 def _ablation(row: dict | None) -> list[str]:
     if row is None:
         return [""] * 5
-    names = ("tokens_per_oracle_pass", "acceptance", "relative_bytes")
-    return [*(number(row[name]) for name in names), number(row["speedup"], ".2f", "x"), number(row["repeated_8_grams"])]
+    names = ("tokens_per_oracle_pass", "acceptance", "repeated_8_grams", "relative_bytes")
+    return [*(number(row[name]) for name in names), number(row["speedup"], ".2f", "x")]
 
 
 def best_chain(rows: list[dict]) -> str:
@@ -194,5 +198,7 @@ def method_notes(document: dict[str, Any]) -> str:
         "when sampling. Before a time is kept, the tokens of all methods of this project are compared with the "
         "baseline's, and a difference ends the run. One clock around a call that returns token ids; prefill is inside. "
         'Each method has generated once before, outside the clock. "Up to the stop" ends at HumanEval\'s stop strings, '
-        "which do not count as tokens, or at the end of the text. Acceptance: accepted / tried nodes on the walks."
+        "which do not count as tokens though their passes do, or at the end of the text. Acceptance: accepted / tried "
+        "nodes on the walks. The roofline's bytes are the least that a pass must move; on a CPU a small model stays in "
+        "the cache from one pass to the next."
     )

@@ -38,11 +38,12 @@ class Config:
     figure_rows: tuple[int, ...] = operating_points.ROWS
     samples: int = 20
     resume: bool = False
+    rehearsal: bool = False  # in miniature: its figures are no results
 
     def quick(self) -> "Config":
         """The same in miniature."""
         small = {"limit": 2, "tokens": 12, "seeds": 1, "ablation_prompts": 1, "ablation_tokens": 8}
-        return dataclasses.replace(self, **small, figure_rows=(1, 4), samples=2)
+        return dataclasses.replace(self, **small, figure_rows=(1, 4), samples=2, rehearsal=True)
 
 
 @dataclass
