@@ -15,7 +15,7 @@ RUN := $(ENV)/bin/python
 $(ENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable ".[test,bench]"
+	$(RUN) -m pip install --quiet --editable ".[test,bench,peers]"
 	touch $@
 
 demo: $(ENV)/.installed

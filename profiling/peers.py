@@ -17,8 +17,8 @@ Each is configured as people would, that is by its defaults. Assisted generation
 
 All count new token ids and stop as ``StagedDecoder.generate`` does: an eos token is returned, a stop string is not, and
 a context of n positions can be fed n tokens. Sampled text comes from the peer's own generator, so it never equals ours
-for a seed: then only speed and acceptance can be compared. Each ``put`` of a streamer after the prompt's is one pass of
-the oracle.
+for a seed: then only speed and acceptance can be compared. CTranslate2 cannot be given a seed per call. Each ``put`` of
+a streamer after the prompt's is one pass of the oracle.
 """
 
 import shutil
@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import CompileConfig, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
@@ -35,60 +35,11 @@ from transformers import CompileConfig, GPT2LMHeadModel, StoppingCriteria, Stopp
 from decoding.compare import HFGenerate, first_difference
 from decoding.config import SamplingConfig
 from decoding.text import find_stop, load_tokenizer
+from profiling.peer import NEVER, Own, Peer, Stop, Unavailable
 
-__all__ = ["NAMES", "NEVER", "Peer", "Stop", "Unavailable", "defaults", "first_difference", "load"]
+__all__ = ["NAMES", "NEVER", "Own", "Peer", "Stop", "Unavailable", "defaults", "first_difference", "load"]
 
 LOOKUP_TOKENS = 10  # what transformers' own candidate generator takes where nothing is said
-
-
-class Stop(NamedTuple):
-    """Where a generation ends before its length; nothing given: fixed length, eos ignored."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    strings: tuple[str, ...] = ()
-
-
-NEVER = Stop()
-
-
-class Unavailable(Exception):
-    """This peer is not installed here, or cannot run these models; the message is the reason."""
-
-
-class Peer:
-    """One system with the oracle loaded. ``generate`` is all that a benchmark calls."""
-
-    name: str
-    greedy_only = True  # tokens can be compared with ours in greedy decoding alone, see above
-
-    def __init__(self, name: str, context: int, tokenizer: Any):
-        self.name, self.context, self.tokenizer = name, context, tokenizer
-
-    def generate(
-        self,
-        prompt_ids: list[int],
-        max_new_tokens: int,
-        sampling: dict[str, Any] | None = None,
-        stop: Stop = NEVER,
-        streamer: Any = None,
-    ) -> list[int]:
-        """New token ids. ``sampling`` takes the names of ``StagedDecoder.generate``, seed included (0 where missing).
-
-        ``streamer`` follows Hugging Face's protocol; it may see tokens beyond a stop string that are not returned.
-        Raises ValueError for sampling arguments that are out of range or that this system has not.
-        """
-        given = dict(sampling or {})
-        seed = given.pop("seed", None) or 0
-        config = SamplingConfig(**given)
-        if stop.strings and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and the oracle's directory has none")
-        length = min(max_new_tokens, self.context + 1 - len(prompt_ids))
-        new = self._generate(prompt_ids, length, config, seed, stop, streamer)
-        found = find_stop(self.tokenizer, new, stop.strings) if stop.strings else None
-        return new if found is None else new[: found[0]]
-
-    def _generate(self, prompt_ids, length, config: SamplingConfig, seed: int, stop: Stop, streamer) -> list[int]:
-        raise NotImplementedError
 
 
 class HFPeer(Peer):
@@ -100,12 +51,31 @@ class HFPeer(Peer):
 
     def _generate(self, prompt_ids, length, config, seed, stop, streamer):
         options = self.options | _as_hf(config)
+        if looked_up := options.get("prompt_lookup_num_tokens"):  # drafts past the end of the context and fails there
+            room = self.context + 1 - len(prompt_ids) - length
+            options["prompt_lookup_num_tokens"] = min(looked_up, room) or None
         if stop.strings:
             criterion = _StopStrings(self.tokenizer, stop.strings, len(prompt_ids))
             options["stopping_criteria"] = StoppingCriteriaList([criterion])
         torch.manual_seed(seed)
         eos = list(stop.eos_token_ids) or None
         return self.hf.generate(prompt_ids, length, eos_token_id=eos, streamer=streamer, **options)
+
+
+class CompiledHFPeer(HFPeer):
+    """The variant that compiles. Its code is for one cache length; a longer text brings a longer cache and new code."""
+
+    def warm_up(self, prompt_ids, max_new_tokens, sampling=None) -> None:
+        """Compile for this length alone, and forget others.
+
+        Else transformers would keep the longest cache for all texts, and torch would make the second length's code one
+        for any length, which is slower.
+        """
+        torch.compiler.reset()
+        for kept in ("_compiled_call", "_previous_max_cache_length"):
+            vars(self.hf.model).pop(kept, None)
+        for _ in range(2):  # on a GPU the second one records its graphs
+            self.generate(prompt_ids, max_new_tokens, sampling)
 
 
 class _StopStrings(StoppingCriteria):
@@ -146,6 +116,7 @@ class CTranslate2Peer(Peer):
                 raise Unavailable(f"no {compute_type} on this {device.type}, only {', '.join(sorted(types))}")
             with tempfile.TemporaryDirectory() as folder:
                 _convert(model, folder)
+                ctranslate2.set_random_seed(0)  # read once, by each worker's generator: a call has no seed of its own
                 self.generator = ctranslate2.Generator(
                     folder,
                     device=device.type,
@@ -153,13 +124,11 @@ class CTranslate2Peer(Peer):
                     compute_type=compute_type,
                     intra_threads=torch.get_num_threads(),
                 )
-            self.set_seed = ctranslate2.set_random_seed
             self.generate([0], 1)
         except (RuntimeError, ValueError) as error:  # no such GPU, a CUDA library of another version, a model it lacks
             raise Unavailable(f"cannot run this model on {device.type}: {' '.join(str(error).split())}") from error
 
     def _generate(self, prompt_ids, length, config, seed, stop, streamer):
-        self.set_seed(seed)
         new: list[int] = []
 
         def step(result) -> bool:
@@ -220,20 +189,20 @@ class _Makers:
     def hf(self) -> HFGenerate:
         return HFGenerate(str(self.oracle_dir), self.dtype, self.device)
 
-    def _hf_peer(self, name: str, **options: Any) -> HFPeer:
-        return HFPeer(name, self.hf, self.tokenizer, options)
+    def _hf_peer(self, name: str, kind: type[HFPeer] = HFPeer, **options: Any) -> HFPeer:
+        return kind(name, self.hf, self.tokenizer, options)
 
     def generate(self, name: str) -> Peer:
         return self._hf_peer(name)
 
     def static_compile(self, name: str) -> Peer:
         if self.device.type != "cpu":
-            return self._hf_peer(name, cache_implementation="static")  # compiles by itself
+            return self._hf_peer(name, CompiledHFPeer, cache_implementation="static")  # compiles by itself
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             raise Unavailable("torch.compile needs a C++ compiler on a CPU, and there is none")
         compiled = CompileConfig()
         compiled._compile_all_devices = True  # transformers compiles on a CPU only if told so
-        return self._hf_peer(name, cache_implementation="static", compile_config=compiled)
+        return self._hf_peer(name, CompiledHFPeer, cache_implementation="static", compile_config=compiled)
 
     def assisted(self, name: str) -> Peer:
         if self.draft_dir is None:
@@ -243,6 +212,7 @@ class _Makers:
             ours, oracle = getattr(draft.config, field), getattr(self.hf.model.config, field)
             if ours != oracle:
                 raise Unavailable(f"{field} of the draft is {ours}, of the oracle {oracle}")
+        draft.generation_config.eos_token_id = None  # or it would stop drafting there even where eos is ignored
         return self._hf_peer(name, assistant_model=draft)
 
     def prompt_lookup(self, name: str) -> Peer:

@@ -62,3 +62,15 @@ def mbpp(folder: Path, count: int) -> list[str]:
     return [
         f'"""{row["text"]}"""\n' + row["code"].replace("\r", "")[: max(20, len(row["code"]) // 3)] for row in chosen
     ]
+
+
+def of_length(prompt_ids: list[list[int]], length: int) -> list[list[int]]:
+    """A prompt of just ``length`` tokens from each one: cut at its end, or continued by those after it, in a circle."""
+    whole = []
+    for start in range(len(prompt_ids)):
+        following, joined = start, []
+        while len(joined) < length:
+            joined += prompt_ids[following % len(prompt_ids)]
+            following += 1
+        whole.append(joined[:length])
+    return whole

@@ -1,0 +1,88 @@
+"""What a system must offer to be compared with ours: one sequence, token ids in and out, one rule of where it ends."""
+
+from typing import Any, NamedTuple
+
+from decoding.config import SamplingConfig
+from decoding.decoder import StagedDecoder
+from decoding.text import find_stop
+
+
+class Stop(NamedTuple):
+    """Where a generation ends before its length; nothing given: fixed length, eos ignored."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    strings: tuple[str, ...] = ()
+
+
+NEVER = Stop()
+
+
+class Unavailable(Exception):
+    """This peer is not installed here, or cannot run these models; the message is the reason."""
+
+
+class Peer:
+    """One system with the oracle loaded. ``generate`` is all that a benchmark calls."""
+
+    name: str
+    greedy_only = True  # tokens can be compared with ours in greedy decoding alone, see ``profiling.peers``
+
+    def __init__(self, name: str, context: int, tokenizer: Any):
+        self.name, self.context, self.tokenizer = name, context, tokenizer
+
+    def generate(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        sampling: dict[str, Any] | None = None,
+        stop: Stop = NEVER,
+        streamer: Any = None,
+    ) -> list[int]:
+        """New token ids. ``sampling`` takes the names of ``StagedDecoder.generate``, seed included (0 where missing).
+
+        ``streamer`` follows Hugging Face's protocol; it may see tokens beyond a stop string that are not returned.
+        Raises ValueError for sampling arguments that are out of range or that this system has not.
+        """
+        given = dict(sampling or {})
+        seed = given.pop("seed", None) or 0
+        config = SamplingConfig(**given)
+        if stop.strings and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and the oracle's directory has none")
+        length = min(max_new_tokens, self.context + 1 - len(prompt_ids))
+        new = self._generate(prompt_ids, length, config, seed, stop, streamer)
+        found = find_stop(self.tokenizer, new, stop.strings) if stop.strings else None
+        return new if found is None else new[: found[0]]
+
+    def warm_up(self, prompt_ids: list[int], max_new_tokens: int, sampling: dict[str, Any] | None = None) -> None:
+        """Make ready for generations up to this length: call it with the longest one before any is timed."""
+        self.generate(prompt_ids, max_new_tokens, sampling)
+
+    def _generate(self, prompt_ids, length, config: SamplingConfig, seed: int, stop: Stop, streamer) -> list[int]:
+        raise NotImplementedError
+
+
+class Own:
+    """A method of our decoder with the interface of a peer."""
+
+    greedy_only = False  # a seed gives the same tokens with every method
+
+    def __init__(self, decoder: StagedDecoder, method: str):
+        self.name, self.decoder = method, decoder
+
+    def generate(self, prompt_ids, max_new_tokens, sampling=None, stop=NEVER, streamer=None) -> list[int]:
+        """As ``Peer.generate``."""
+        out = self.decoder.generate(
+            prompt_ids,
+            max_new_tokens,
+            method=self.name,
+            eos_token_id=list(stop.eos_token_ids) or None,
+            ignore_eos=not stop.eos_token_ids,
+            stop_strings=list(stop.strings) or None,
+            streamer=streamer,
+            **{"seed": 0} | (sampling or {}),
+        )
+        return out.new_token_ids
+
+    def warm_up(self, prompt_ids, max_new_tokens, sampling=None) -> None:
+        """As ``Peer.warm_up``."""
+        self.generate(prompt_ids, max_new_tokens, sampling)
