@@ -65,7 +65,8 @@ def measure(session: Session, suite: str, methods: list[Method], journal: Journa
     begun = time.monotonic()
     for done, case in enumerate(waiting, 1):
         ids, setting = session.prompt_ids[case.prompt], SETTINGS[case.setting]
-        rows = run_case(case, ids, methods, num_tokens, setting, stops[case.extent], OwnGap(model))
+        asked = [method for method in methods if method.kind != "peer" or case.seed < config.peer_seeds]
+        rows = run_case(case, ids, asked, num_tokens, setting, stops[case.extent], OwnGap(model))
         journal.add(case, rows)
         if done == len(waiting) or case.prompt != waiting[done].prompt:
             left = (time.monotonic() - begun) / done * (len(waiting) - done)
@@ -84,8 +85,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--oracle", default="bundled", help="a directory or hub id")
-    parser.add_argument("--draft", action="append", default=[], help="may be repeated: others join the ablations")
-    parser.add_argument("--draft2", action="append", default=[], help="a table; may be repeated likewise")
+    parser.add_argument(
+        "--draft", action="append", default=[], help="or none; may be repeated: others join the ablations"
+    )
+    parser.add_argument("--draft2", action="append", default=[], help="a table; likewise")
     for name in ("device", "dtype", "backend"):
         parser.add_argument(f"--{name}", default="auto")
     source = parser.add_mutually_exclusive_group()
@@ -94,6 +97,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="only the first prompts")
     parser.add_argument("--tokens", type=int, default=Config.tokens, help="new tokens of a generation, at most")
     parser.add_argument("--seeds", type=int, default=Config.seeds, help="when sampling")
+    parser.add_argument("--peer-seeds", type=int, default=Config.peer_seeds, help="of them, for peers")
     parser.add_argument("--peers", nargs="*", choices=NAMES, help="default: all that make sense here; none: no peers")
     parser.add_argument("--ablation-prompts", type=int, default=Config.ablation_prompts, help="0: no ablations")
     parser.add_argument("--ablation-tokens", type=int, default=Config.ablation_tokens)

@@ -26,12 +26,13 @@ def roofline(ceilings: dict[str, Any], points: list[dict[str, Any]], title: str,
         axes.plot([left, edge], [left * ceilings[name], ceilings["matrix"]], "k" + style, lw=1, label=label)
     level = f"{ceilings['matrix_dtype']} product {ceilings['matrix'] * 1e-12:.3g} TFLOP/s"
     axes.plot([ridge, right], [ceilings["matrix"]] * 2, "k--", lw=1, label=level)
-    for model in dict.fromkeys(point["model"] for point in points):
+    for index, model in enumerate(dict.fromkeys(point["model"] for point in points)):
         own = [point for point in points if point["model"] == model]
         x, y = [p["flops"] / p["bytes"] for p in own], [p["flops"] / p["seconds"] for p in own]
         axes.plot(x, y, "o-", ms=4, lw=0.8, color=COLOURS.get(model), label=f"{model}, rows of a pass")
         for point, at_x, at_y in zip(own, x, y, strict=True):
-            axes.annotate(str(point["rows"]), (at_x, at_y), (3, -9), textcoords="offset points", fontsize=7)
+            place = (3, -9) if index == 0 else (-8, 4)
+            axes.annotate(str(point["rows"]), (at_x, at_y), place, textcoords="offset points", fontsize=7)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     axes.set(xlabel="operations per byte that must move", ylabel="operations per second")
     axes.legend(fontsize=8, loc="lower right")
@@ -56,9 +57,9 @@ def sorted_problems(rows: list[dict[str, Any]], title: str, stem: Path) -> list[
             axes.plot(place, ratios, color=COLOURS.get(method, f"C{index + 3}"), label=method, **line)
         axes.axhline(1, color="black", lw=0.8)
         axes.set(title=f"{letter}: {setting}", xlabel="problems, slowest first (%)")
-        axes.set_ylim(bottom=0)
     all_axes[0][0].set_ylabel("tokens/s relative to our baseline")
-    all_axes[0][0].legend(fontsize=7, loc="upper left")
+    all_axes[0][0].set_ylim(bottom=0)  # once both panels are drawn: they share the axis
+    all_axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.suptitle(title, fontsize=9)
     return _saved(figure, stem)
 

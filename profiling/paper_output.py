@@ -9,7 +9,7 @@ from profiling import completion, dram, operating_points, paper_figures
 from profiling.demo import SETTINGS
 from profiling.paper_report import report
 from profiling.paper_runs import BASELINE
-from profiling.paper_session import Session, suites
+from profiling.paper_session import Session, sources, suites
 from profiling.paper_tables import TOP_K, bars, summarise
 from profiling.peers import NEVER
 from profiling.rows import write_csv
@@ -55,15 +55,15 @@ def write(session: Session, about: dict[str, Any], rows: list[dict]) -> None:
 def described(session: Session) -> dict[str, Any]:
     """What the report says about the run beside the machine."""
     config = session.config
-    names = {name: "/".join(Path(str(value)).parts[-2:]) for name, value in (("oracle", config.oracle),)}
-    for name, given in (("draft", config.draft), ("draft2", config.draft2)):
-        default = "bundled" if config.oracle == "bundled" else "none"
-        names[name] = "/".join(Path(given[0]).parts[-2:]) if given else default
+    drafts, tables = sources(config)
+    chosen = {"oracle": config.oracle, "draft": drafts[0], "draft2": tables[0]}
+    names = {name: "/".join(Path(str(value)).parts[-2:]) if value else "none" for name, value in chosen.items()}
     return names | {
         "prompts": session.source,
         "num_prompts": len(session.prompt_ids),
         "tokens": config.tokens,
         "seeds": config.seeds,
+        "peer_seeds": config.peer_seeds,
         "runtime": session.decoder.runtime,
         "ablation_tokens": config.ablation_tokens,
         "rehearsal": config.rehearsal,

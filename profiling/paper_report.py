@@ -195,10 +195,10 @@ def method_notes(document: dict[str, Any]) -> str:
     seeds = f"{run['seeds']} seeds" if run["seeds"] > 1 else "one seed"
     return (
         f"Every method continues a prompt before the next prompt begins, each prompt with another one first; {seeds} "
-        "when sampling. Before a time is kept, the tokens of all methods of this project are compared with the "
-        "baseline's, and a difference ends the run. One clock around a call that returns token ids; prefill is inside. "
-        'Each method has generated once before, outside the clock. "Up to the stop" ends at HumanEval\'s stop strings, '
-        "which do not count as tokens though their passes do, or at the end of the text. Acceptance: accepted / tried "
-        "nodes on the walks. The roofline's bytes are the least that a pass must move; on a CPU a small model stays in "
-        "the cache from one pass to the next."
+        f"when sampling, {run['peer_seeds']} for peers. Before a time is kept, the tokens of all our methods are "
+        "compared with the baseline's, and a difference ends the run. One clock around a call that returns token "
+        'ids; prefill is inside. Each method has generated once before, outside the clock. "Up to the stop" ends at '
+        "HumanEval's stop strings, which do not count as tokens though their passes do, or at the end of the text. "
+        "Acceptance: accepted / tried nodes on the walks. The roofline's bytes are the least that a pass must move; on "
+        "a CPU a small model stays in the cache from one pass to the next."
     )

@@ -22,7 +22,7 @@ class Config:
 
     out: Path
     oracle: str = "bundled"
-    draft: tuple[str, ...] = ()  # the first is the paper's draft, others join the ablations; none: the bundled one
+    draft: tuple[str, ...] = ()  # the first is the paper's draft, others join the ablations; "none": no such stage
     draft2: tuple[str, ...] = ()  # likewise
     device: str = "auto"
     dtype: str = "auto"
@@ -32,6 +32,7 @@ class Config:
     limit: int | None = None  # only the first prompts
     tokens: int = 128
     seeds: int = 2
+    peer_seeds: int = 1  # peers draw with generators of their own, so a second seed is only a second sample of speed
     peers: tuple[str, ...] | None = None  # None: those that make sense on this device
     ablation_prompts: int = 8
     ablation_tokens: int = 64
@@ -69,11 +70,7 @@ class Session:
 
 def load(config: Config, shard: Shard) -> Session:
     """Models, peers and prompts. Raises ValueError for what cannot be had."""
-    is_bundled = config.oracle == "bundled"
-    drafts, tables = (
-        list(given) or ([str(BUNDLED / name)] if is_bundled else [None])
-        for given, name in ((config.draft, "draft"), (config.draft2, "draft2"))
-    )
+    drafts, tables = sources(config)
     choice = {"device": shard.device(config.device), "dtype": config.dtype, "backend": config.backend}
     decoders = ablations.load(config.oracle, drafts, tables, **choice)
     decoder = next(iter(decoders.values()))
@@ -83,10 +80,19 @@ def load(config: Config, shard: Shard) -> Session:
     skipped: dict[str, str] = {}
     model = decoder.oracle.model
     names = peers.defaults(model.device) if config.peers is None else config.peers
-    folders = [BUNDLED / "oracle" if is_bundled else weights.locate(config.oracle)]
+    folders = [BUNDLED / "oracle" if config.oracle == "bundled" else weights.locate(config.oracle)]
     folders.append(weights.locate(drafts[0]) if drafts[0] else None)
     loaded = peers.load(names, *folders, model.dtype, model.device, skipped.__setitem__) if names else []
     return Session(config, decoders, ids, texts[0], source, loaded, skipped)
+
+
+def sources(config: Config) -> tuple[list[str | None], list[str | None]]:
+    """Drafts and tables, None for no such stage: as ``--draft`` and ``--draft2`` name them, "auto" and "none" too."""
+    chosen = []
+    for given, name in ((config.draft, "draft"), (config.draft2, "draft2")):
+        default = str(BUNDLED / name) if config.oracle == "bundled" else None
+        chosen.append([{"auto": default, "none": None}.get(source, source) for source in given or ("auto",)])
+    return chosen[0], chosen[1]
 
 
 def prompt_texts(config: Config) -> tuple[list[str], str]:
