@@ -21,12 +21,10 @@ def write(session: Session, about: dict[str, Any], rows: list[dict]) -> None:
     model = decoder.oracle.model
     ceilings = operating_points.measured_ceilings(model.device, model.dtype, max(2, config.samples // 2))
     points = []
+    measured_with = {"all_rows": config.figure_rows, "samples": config.samples}
     for stage in (decoder.oracle, *(stage for stage in reversed(decoder.lower) if hasattr(stage, "model"))):
         shape = operating_points.shape_of(stage.name, stage.model.config)
-        rows_of_pass = config.figure_rows
-        points += operating_points.points(
-            shape, model.ops, model.dtype, model.device, rows_of_pass, samples=config.samples
-        )
+        points += operating_points.points(shape, model.ops, model.dtype, model.device, **measured_with)
     document = {
         "about": about,
         "run": described(session),
@@ -41,15 +39,12 @@ def write(session: Session, about: dict[str, Any], rows: list[dict]) -> None:
     title = f"{about['device']}, {decoder.runtime}, commit {about['commit']}"
     paper_figures.roofline(ceilings, points, title, out / "figure1")
     paper_figures.sorted_problems(rows, title, out / "figure2")
-    figures = {"figure1": "figure1.png", "figure2": "figure2.png"}
-    if decoder.tokenizer is not None:
-        colour_completion(session, out / "figure3")
-        figures["figure3"] = "figure3.png"
+    colour_completion(session, out / "figure3")
     text = json.dumps(document, indent=1, default=str)[:-2]  # rows one a line below it, so that they can be compared
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     (out / "paper.json").write_text(f'{text},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
     write_csv(out / "paper.csv", rows)
-    (out / "report.md").write_text(report(document, found, figures), encoding="utf-8")
+    (out / "report.md").write_text(report(document, found), encoding="utf-8")
 
 
 def described(session: Session) -> dict[str, Any]:

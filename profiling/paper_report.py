@@ -10,8 +10,8 @@ SETTINGS = (GREEDY, TOP_K)
 SOURCE = "Spector & Ré, 2023, arXiv 2308.04623: GPT-2 Large, 40M draft, Katz trigram, 164 HumanEval prompts, RTX 4090"
 
 
-def report(document: dict[str, Any], bars: list[Bar], figures: dict[str, str]) -> str:
-    """``document`` is what ``paper.json`` holds; ``figures`` names the pictures that were drawn."""
+def report(document: dict[str, Any], bars: list[Bar]) -> str:
+    """``document`` is what ``paper.json`` holds; the pictures lie beside the report."""
     summary = document["summary"]
     parts = [
         "# Rehearsal in miniature, no result"
@@ -28,7 +28,7 @@ def report(document: dict[str, Any], bars: list[Bar], figures: dict[str, str]) -
             if any(row["extent"] == extent for row in summary)
             for part in (f"## Speed, {extent}", speed_table(summary, extent))
         ),
-        *pictures(figures),
+        *pictures(),
         "## Peers",
         peer_lines(summary, document["skipped_peers"]),
         *ablation_sections(summary, document["run"]["ablation_tokens"]),
@@ -116,16 +116,14 @@ def speed_table(summary: list[dict], extent: str) -> str:
     )
 
 
-def pictures(figures: dict[str, str]) -> list[str]:
-    captions = {
-        "figure1": "Figure 1: passes of 1 to 64 rows below the ceilings measured on this device",
-        "figure2": "Figure 2: relative performance of every problem, sorted; A greedy, B top-k",
-        "figure3": "Figure 3: a completion (top-k 50, T = 1), each token coloured by the stage that proposed it",
-    }
-    found = [f"## {text}\n\n![{text}]({figures[name]})" for name, text in captions.items() if name in figures]
-    if "figure3" in figures:
-        found[-1] += "\n\nAlso as [HTML](figure3.html) and for a terminal (`cat figure3.txt`)."
-    return found
+def pictures() -> list[str]:
+    captions = (
+        "Figure 1: passes of 1 to 64 rows below the ceilings measured on this device",
+        "Figure 2: relative performance of every problem, sorted; A greedy, B top-k",
+        "Figure 3: a completion (top-k 50, T = 1), each token coloured by the stage that proposed it",
+    )
+    found = [f"## {text}\n\n![{text}](figure{number}.png)" for number, text in enumerate(captions, 1)]
+    return [*found, "Also as [HTML](figure3.html) and for a terminal (`cat figure3.txt`)."]
 
 
 def peer_lines(summary: list[dict], skipped: dict[str, str]) -> str:

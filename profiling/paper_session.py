@@ -120,8 +120,7 @@ def cases(session: Session, suite: str) -> list[list[Case]]:
     """What is to be measured, by prompt."""
     config = session.config
     if suite == "paper":
-        extents = (FIXED, STOPPED) if session.decoder.tokenizer is not None else (FIXED,)
-        chosen, num_seeds = range(len(session.prompt_ids)), config.seeds
+        extents, chosen, num_seeds = (FIXED, STOPPED), range(len(session.prompt_ids)), config.seeds
     else:
         extents, num_seeds = (FIXED,), 1
         chosen = range(0, len(session.prompt_ids), max(1, len(session.prompt_ids) // config.ablation_prompts))
