@@ -65,6 +65,11 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--min-p", type=float, default=0.0)
     command.add_argument("--seed", type=int, help="default: a fresh one for generate, 0 for compare")
+    add_model_flags(command)
+
+
+def add_model_flags(command: argparse.ArgumentParser) -> None:
+    """The flags that ``load_decoder`` reads: which models, and where they run."""
     command.add_argument("--oracle", default="bundled", help="hub id or directory of a GPT-2 checkpoint")
     command.add_argument("--draft", default="auto", help="hub id or directory; 'none' for no draft")
     command.add_argument("--draft2", default="auto", help="directory of a table; 'none' for no draft2")
@@ -73,7 +78,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", default="auto")
 
 
-def _decoder(flags: argparse.Namespace) -> StagedDecoder:
+def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
+    """The decoder that the flags name. Raises ValueError as ``from_pretrained``."""
     lower = {
         name: None if value == "none" else value for name, value in (("draft", flags.draft), ("draft2", flags.draft2))
     }
@@ -92,7 +98,7 @@ def _refuse_unused(flags: argparse.Namespace) -> None:
 
 def run_generate(flags: argparse.Namespace) -> None:
     _refuse_unused(flags)
-    decoder = _decoder(flags)
+    decoder = load_decoder(flags)
     prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
     out = decoder.generate(
         prompt,
@@ -121,7 +127,7 @@ def run_generate(flags: argparse.Namespace) -> None:
 
 def run_compare(flags: argparse.Namespace) -> None:
     _refuse_unused(flags)
-    decoder = _decoder(flags)
+    decoder = load_decoder(flags)
     prompts = flags.prompts or list(DEMO_PROMPTS)
     sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}
     hf = None

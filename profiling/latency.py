@@ -20,7 +20,8 @@ is cut at ``input-len`` tokens, and goes on with those after it where it is too 
 - memory: see ``profiling.memory``.
 
 Lists of lengths make a sweep. The JSON has a row per lengths and method under "rows"; at its top level are vLLM's keys,
-for the first lengths and the fullest of our methods that ran. Markdown is written beside it.
+for the first lengths and the fullest of our methods that ran. Markdown is written beside it. Written to run on a GPU,
+too, but not yet run on one.
 """
 
 import argparse
@@ -36,6 +37,7 @@ import torch
 from rich.progress import track
 
 from decoding import StagedDecoder
+from decoding.cli import add_model_flags, load_decoder
 from decoding.compare import DEMO_PROMPTS, HFGenerate, available_methods
 from decoding.config import METHODS
 from decoding.decoder import BUNDLED
@@ -224,12 +226,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--top-k", type=int, help="default: 50")
     flags.add_argument("--temperature", type=float, help="default: 1")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--oracle", default="bundled", help="hub id or directory of a GPT-2 checkpoint")
-    flags.add_argument("--draft", default="auto", help="hub id or directory; 'none' for no draft")
-    flags.add_argument("--draft2", default="auto", help="directory of a table; 'none' for no draft2")
-    flags.add_argument("--device", default="auto")
-    flags.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
-    flags.add_argument("--backend", default="auto")
+    add_model_flags(flags)
     return flags
 
 
@@ -264,24 +261,25 @@ def prompts_of(flags: argparse.Namespace, decoder: StagedDecoder) -> tuple[Calla
 
 def load_systems(flags: argparse.Namespace, skipped: dict[str, str]) -> tuple[StagedDecoder, list, Callable]:
     """The decoder, what is to be timed, and what loads the oracle in transformers. Raises ValueError."""
-    lower = {name: None if getattr(flags, name) == "none" else getattr(flags, name) for name in ("draft", "draft2")}
-    decoder = StagedDecoder.from_pretrained(
-        flags.oracle, **lower, device=flags.device, dtype=flags.dtype, backend=flags.backend
-    )
+    decoder = load_decoder(flags)
     systems = [peers.Own(decoder, method) for method in flags.method or available_methods(decoder)]
     for system in systems:
         decoder.plan(system.name)
     dtype, device = decoder.oracle.model.dtype, decoder.oracle.model.device
     oracle_dir = BUNDLED / "oracle" if flags.oracle == "bundled" else weights.locate(flags.oracle)
     if flags.peers is not None:
-        draft = BUNDLED / "draft" if flags.draft == "auto" else lower["draft"] and weights.locate(lower["draft"])
+        draft = {"auto": BUNDLED / "draft", "none": None}.get(flags.draft, flags.draft)
         names = flags.peers or peers.defaults(device)
-        systems += peers.load(names, oracle_dir, draft, dtype, device, skipped.__setitem__)
+        systems += peers.load(names, oracle_dir, draft and weights.locate(draft), dtype, device, skipped.__setitem__)
     return decoder, systems, lambda: HFGenerate(str(oracle_dir), dtype, device)
 
 
 def benchmark(flags: argparse.Namespace) -> dict:
     """All rows and what they were measured with; written after every pair of lengths where a file was named."""
+    if flags.num_iters < 1 or flags.num_iters_warmup < 0:
+        raise ValueError(
+            f"num-iters must be at least 1 and num-iters-warmup 0, got {flags.num_iters, flags.num_iters_warmup}"
+        )
     sampling, skipped = sampling_of(flags), {}
     decoder, systems, load_hf = load_systems(flags, skipped)
     make_prompts, described = prompts_of(flags, decoder)
@@ -324,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
     try:
         document = benchmark(flags)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"profiling.latency: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(markdown(document))

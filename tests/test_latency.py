@@ -195,6 +195,8 @@ def test_a_sampled_run_with_a_peer_that_is_not_installed(stages, tmp_path, monke
         (["--random", "--input-len", "90", "--output-len", "7"], "input-len \\+ output-len is 97, .* context 96"),
         (["--random", "--method", "staged"], "method 'staged' needs draft2"),
         (["--input-len", "5"], "without a tokenizer"),
+        (["--random", "--num-iters", "0"], "num-iters must be at least 1"),
+        (["--prompts", "nowhere"], "No such file or directory: 'nowhere/humaneval"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(stages, flags, message, capsys):
