@@ -3,6 +3,7 @@
 #   make test [PROMPTS=DIR]       the tests; DIR holds prompt sets for those that want them
 #   make aot                      machine code for five GPUs, no GPU needed; also with Triton 3.6.0 and the newest one
 #   make equality PROMPTS=DIR     every HumanEval prompt, every method, against Hugging Face
+#   make paper PROMPTS=DIR        the paper's tables and figures beside peers, in local/paper
 #   make kernels                  on a GPU: every operation and whole passes, timed beside what torch offers
 #   make tune                     on a GPU: the table of tiles
 #   make suite [MINUTES=30]       on a GPU: tests, benchmarks, models and figures in the time there is; again: goes on
@@ -13,7 +14,7 @@ MINUTES ?= 30
 ENV := .venv
 RUN := $(ENV)/bin/python
 
-.PHONY: demo test lint aot equality kernels tune suite mini clean
+.PHONY: demo test lint aot equality paper kernels tune suite mini clean
 
 $(ENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ENV)
@@ -45,6 +46,9 @@ aot: $(ENV)/.installed
 
 equality: $(ENV)/.installed
 	$(RUN) -m profiling.equality --prompts $(or $(PROMPTS),$(error PROMPTS=DIR names the folder with humaneval/HumanEval.jsonl.gz))
+
+paper: $(ENV)/.installed
+	$(RUN) -m profiling.paper --out local/paper $(if $(PROMPTS),--prompts $(PROMPTS))
 
 kernels: $(ENV)/.installed
 	$(RUN) -m profiling.kernels

@@ -1,14 +1,57 @@
-"""Prompt sets from a folder: HumanEval and MBPP, in the formats in which they are published."""
+"""Prompt sets: HumanEval and MBPP from a folder or the hub, as they are published, and a small set of our own."""
 
 import gzip
 import json
 from pathlib import Path
+
+# Beginnings of the kind that HumanEval has, written for this project: no network, no data set.
+OWN = (
+    'def read_lines(path):\n    """Return the lines of a text file."""\n',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "import os\nimport sys\n\n\ndef main():\n    for name in os.listdir(sys.argv[1]):\n",
+    "def average(values: list[float]) -> float:\n"
+    '    """ Return the mean of a non-empty list.\n    >>> average([1.0, 2.0, 3.0])\n    2.0\n    """\n',
+    "def count_words(text: str) -> dict[str, int]:\n"
+    '    """ Count how often each word occurs, upper and lower case alike.\n'
+    "    >>> count_words('a b A')\n    {'a': 2, 'b': 1}\n    \"\"\"\n",
+    'def is_sorted(items):\n    """ Whether no item is smaller than the one before it.\n'
+    '    >>> is_sorted([1, 2, 2, 5])\n    True\n    """\n',
+    "import json\n\n\ndef load_config(path, default=None):\n"
+    '    """Read a JSON file; return ``default`` where there is no such file."""\n    try:\n',
+    "import argparse\n\n\ndef parse_arguments():\n    parser = argparse.ArgumentParser(description=__doc__)\n",
+    "from dataclasses import dataclass\n\n\n@dataclass\nclass Point:\n    x: float\n    y: float\n\n"
+    "    def distance(self, other):\n",
+    "def merge(first: list[int], second: list[int]) -> list[int]:\n"
+    '    """ Merge two sorted lists into one sorted list.\n    >>> merge([1, 4], [2, 3])\n    [1, 2, 3, 4]\n    """\n',
+    "import unittest\n\n\nclass TestQueue(unittest.TestCase):\n    def setUp(self):\n        self.queue = Queue()\n\n"
+    "    def test_empty(self):\n",
+    "def longest_common_prefix(words):\n    if not words:\n        return ''\n    prefix = words[0]\n"
+    "    for word in words[1:]:\n",
+)
+HUB = ("openai/openai_humaneval", "openai_humaneval/test-00000-of-00001.parquet")
 
 
 def humaneval(folder: Path) -> list[str]:
     """The 164 prompts of ``humaneval/HumanEval.jsonl.gz`` below ``folder``."""
     with gzip.open(folder / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         return [json.loads(line)["prompt"] for line in file]
+
+
+def humaneval_from_hub() -> list[str]:
+    """The 164 prompts as the hub has them. Raises ValueError without a network or without pyarrow, which reads them."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("the hub's HumanEval is a Parquet file, which needs pyarrow: pip install pyarrow") from error
+    repository, name = HUB
+    try:
+        path = hf_hub_download(repository, name, repo_type="dataset")
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{repository} cannot be reached: {reason}") from error
+    return parquet.read_table(path, columns=["prompt"])["prompt"].to_pylist()
 
 
 def mbpp(folder: Path, count: int) -> list[str]:

@@ -84,14 +84,19 @@ class Rows:
         """The same rows as a flat table, each with the keys of the run."""
         keys = {key: self.about.get(key) for key in KEYS}
         flat = [{**keys, **row} for row in self.rows]
-        columns = list(dict.fromkeys(name for row in flat for name in row))
-        with self.path("csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(flat)
+        write_csv(self.path("csv"), flat)
 
     def path(self, ending: str) -> Path:
         return self.stem.with_name(f"{self.stem.name}.{ending}")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A flat table of ``rows``: a column for every key that one of them has."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def timed(timing: Timing, num_bytes: int, flops: int, copy_rate: float) -> dict[str, Any]:
