@@ -26,8 +26,6 @@ from profiling.paper_session import Config, Session, cases, load, suites
 from profiling.peers import NAMES, NEVER, Stop
 from profiling.shards import Journal, Shard, merged
 
-WARM_UP = 8  # new tokens; peers generate the whole length, to which some of them compile
-
 
 def run(config: Config) -> Path:
     """Measure what is missing and write the report: its path (of every process; the first one writes it).
@@ -61,7 +59,9 @@ def measure(session: Session, suite: str, methods: list[Method], journal: Journa
     config, model = session.config, session.decoder.oracle.model
     num_tokens = config.tokens if suite == "paper" else config.ablation_tokens
     stops = {FIXED: NEVER, STOPPED: Stop(model.config.eos_token_ids, STOP_STRINGS)}
-    warm_up(session, methods, num_tokens)
+    longest = max(session.prompt_ids, key=len)
+    for method in methods:
+        method.warm_up(longest, num_tokens, list(SETTINGS.values()))
     begun = time.monotonic()
     for done, case in enumerate(waiting, 1):
         ids, setting = session.prompt_ids[case.prompt], SETTINGS[case.setting]
@@ -71,14 +71,6 @@ def measure(session: Session, suite: str, methods: list[Method], journal: Journa
         if done == len(waiting) or case.prompt != waiting[done].prompt:
             left = (time.monotonic() - begun) / done * (len(waiting) - done)
             print(f"{suite}: {done} of {len(waiting)} cases, about {left / 60:.1f} minutes left", file=sys.stderr)
-
-
-def warm_up(session: Session, methods: list[Method], num_tokens: int) -> None:
-    """Every method once with every setting: what compiles, is captured or allocated has been when clocks run."""
-    for setting in SETTINGS.values():
-        for method in methods:
-            length = num_tokens if method.kind == "peer" else min(WARM_UP, num_tokens)
-            method.generate(session.prompt_ids[0], length, {**setting, "seed": 0}, NEVER)
 
 
 def main() -> int:
