@@ -6,12 +6,15 @@
 #   make paper PROMPTS=DIR        the paper's tables and figures beside peers, in local/paper
 #   make kernels                  on a GPU: every operation and whole passes, timed beside what torch offers
 #   make tune                     on a GPU: the table of tiles
+#   make suite [MINUTES=30]       on a GPU: tests, benchmarks, models and figures in the time there is; again: goes on
+#   make mini                     the same in miniature, on a CPU: whether every command still works
 PYTHON ?= python3
 PROMPTS ?=
+MINUTES ?= 30
 ENV := .venv
 RUN := $(ENV)/bin/python
 
-.PHONY: demo test lint aot equality paper kernels tune clean
+.PHONY: demo test lint aot equality paper kernels tune suite mini clean
 
 $(ENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ENV)
@@ -52,6 +55,13 @@ kernels: $(ENV)/.installed
 
 tune: $(ENV)/.installed
 	$(RUN) -m profiling.tune
+
+suite: $(ENV)/.installed
+	$(RUN) -m profiling.suite --budget-minutes $(MINUTES) --out local/suite $(if $(PROMPTS),--prompts $(PROMPTS))
+
+mini: $(ENV)/.installed
+	rm -rf local/mini
+	$(RUN) -m profiling.suite --mini --budget-minutes 5 --out local/mini
 
 clean:
 	rm -rf $(ENV) .aot build dist *.egg-info

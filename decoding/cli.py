@@ -76,6 +76,12 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
     command.add_argument("--backend", default="auto")
+    command.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
+        help="capture iterations in CUDA graphs; default: where that is possible",
+    )
 
 
 def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
@@ -84,7 +90,7 @@ def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
         name: None if value == "none" else value for name, value in (("draft", flags.draft), ("draft2", flags.draft2))
     }
     return StagedDecoder.from_pretrained(
-        flags.oracle, **lower, device=flags.device, dtype=flags.dtype, backend=flags.backend
+        flags.oracle, **lower, device=flags.device, dtype=flags.dtype, backend=flags.backend, graphs=flags.graphs
     )
 
 

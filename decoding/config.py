@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kernels.layout import DEPTH_LIMIT, Sampling
+from kernels.reference import new_seed
 
 MAX_WIDTH = 1024  # nodes that one launch selects, rounds, and children
 METHODS = ("baseline", "speculative", "tree", "staged")
@@ -30,9 +31,10 @@ class SamplingConfig:
 
     def with_seed(self, seed: int) -> Sampling:
         """The draw rule of the kernels. Temperature 0 is greedy, and greedy has no filter and no noise."""
+        words = new_seed(seed)
         if not self.do_sample or self.temperature == 0:
-            return Sampling(noise=False, seed=seed, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-        return Sampling(True, seed, float(self.temperature), self.top_k or 0, float(self.top_p), float(self.min_p))
+            return Sampling(noise=False, seed=words, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+        return Sampling(True, words, float(self.temperature), self.top_k or 0, float(self.top_p), float(self.min_p))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from decoding.config import (
     default_speculation,
     is_integer,
 )
+from decoding.execution import choose
 from decoding.loop import Generation
 from decoding.stages import GPT2Stage, KatzStage, Stage
 from kernels.layout import SuccessorTable, aligned
@@ -42,7 +43,14 @@ class GenerateOutput:
 class StagedDecoder:
     """A chain of stages ending in the oracle. Build one with ``from_pretrained``."""
 
-    def __init__(self, lower: list[Stage], oracle: GPT2Stage, tokenizer=None, chosen: str = ""):
+    def __init__(
+        self,
+        lower: list[Stage],
+        oracle: GPT2Stage,
+        tokenizer=None,
+        chosen: str = "",
+        graphs: str | bool = "auto",
+    ):
         for stage in lower:
             if stage.vocab_size != oracle.vocab_size:
                 raise ValueError(
@@ -50,7 +58,7 @@ class StagedDecoder:
                     "stages must share one vocabulary"
                 )
         self.lower, self.oracle, self.tokenizer = lower, oracle, tokenizer
-        self.runtime = chosen
+        self.runtime, self.execution = chosen, choose(lower, oracle, graphs)
 
     @classmethod
     def from_pretrained(
@@ -61,13 +69,16 @@ class StagedDecoder:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
+        graphs: str | bool = "auto",
     ) -> "StagedDecoder":
         """Load the chain draft2, draft, oracle.
 
         ``oracle`` and ``draft`` are a hub id, a directory, or a ``GPT2LMHeadModel`` in memory; ``draft`` may be a list
         of them, cheapest first, for deeper chains. ``draft2`` is the directory of a table. "bundled" is the small trio
-        that comes with the package, "auto" its lower stages, None leaves a stage out. Raises ValueError with what to
-        pass where a default does not exist, and for anything that cannot be loaded or does not fit together.
+        that comes with the package, "auto" its lower stages, None leaves a stage out. ``graphs``: whether an iteration
+        is captured in a CUDA graph and replayed; "auto" does so wherever it can be, with the triton backend on a GPU.
+        Raises ValueError with what to pass where a default does not exist, and for anything that cannot be loaded, does
+        not fit together, or is not possible here.
         """
         chosen = runtime.resolve(device, dtype, backend)
         oracle_stage, tokenizer = _load_stage("oracle", oracle, chosen)
@@ -86,7 +97,7 @@ class StagedDecoder:
             if tokenizer is not None and own is not None:
                 text.require_same_tokens("oracle", tokenizer, name, own)
             lower.append(stage)
-        return cls(lower, oracle_stage, tokenizer, str(chosen))
+        return cls(lower, oracle_stage, tokenizer, str(chosen), graphs)
 
     def generate(
         self,
@@ -122,7 +133,8 @@ class StagedDecoder:
             raise ValueError("stop_strings need a tokenizer, and the oracle was loaded without one")
         config = self.plan(method) if speculation is None else speculation
         lower = [self._stage(name) for name in config.stages]
-        generation = Generation(lower, self.oracle, prompt_ids, sampling.with_seed(seed), limits, config)
+        rule = sampling.with_seed(seed)
+        generation = Generation(lower, self.oracle, prompt_ids, rule, limits, config, self.execution)
         try:
             return self._drain(generation, prompt_ids, seed, limits.stop_strings, streamer)
         finally:

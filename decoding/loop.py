@@ -4,7 +4,8 @@ Every stage works on one shared token tree whose root is the last committed toke
 the oracle scores the best nodes in one pass, draws its own token at each of them, and the walk from the root follows
 those draws as far as the tree goes. What is emitted is what the oracle drew, so speculation never changes the text.
 
-An iteration reads nothing back from where its operations run; the host reads one small record after it.
+An iteration reads nothing back from where its operations run; the host reads one small record after it, on a GPU while
+the next iteration is under way already (``decoding.pipeline``).
 """
 
 import time
@@ -12,6 +13,7 @@ import time
 import torch
 
 from decoding.config import Limits, SpeculationConfig
+from decoding.execution import Eager, Execution
 from decoding.stages import Stage, State, begin_all
 from decoding.stats import Statistics
 from kernels.layout import EOS, LENGTH, RUNNING, Record, Sampling
@@ -30,24 +32,31 @@ class Generation:
         sampling: Sampling,
         limits: Limits,
         config: SpeculationConfig,
+        execution: Execution | None = None,  # None: eager, one iteration at a time
     ):
         self.start = time.perf_counter()
-        self.lower, self.oracle, self.sampling, self.config = lower, oracle, sampling, config
-        self.ops = oracle.model.ops
-        self.lower_sampling = sampling if config.shared_noise else sampling._replace(noise=False)
+        self.lower, self.oracle, self.config = lower, oracle, config
+        self.ops, execution = oracle.model.ops, execution or Eager()
         self.text, self.num_prompt = list(prompt), len(prompt)
         self.finish_reason: str | None = None
-        self.stats = Statistics([stage.name for stage in self.stages])
+        self.stats = Statistics([stage.name for stage in self.stages], execution.name)
         end = min(len(prompt) + limits.max_new_tokens, oracle.context + 1)
         contexts = [stage.context for stage in self.stages]
         chain = begin_all(self.stages, prompt, config, self.ops)
         device = chain.cached_len.device
         progress = self.ops.new_progress(prompt, end, config.max_depth, contexts, limits.eos_token_ids, device)
         self.state = State(self.ops.new_tree(config.capacity, device, prompt[-1]), progress, chain)
+        self.sampling = sampling.to(device)
+        self.pipeline = execution.begin(self)
 
     @property
     def stages(self) -> list[Stage]:
         return [*self.lower, self.oracle]
+
+    @property
+    def lower_sampling(self) -> Sampling:
+        """How the lower stages draw."""
+        return self.sampling if self.config.shared_noise else self.sampling._replace(noise=False)
 
     @torch.inference_mode()
     def iterate(self) -> None:
@@ -79,14 +88,13 @@ class Generation:
             )
 
     def step(self) -> list[int]:
-        """One iteration, then its record: the tokens it emitted, at least one.
+        """The tokens that the next iteration has emitted, at least one.
 
         Raises FloatingPointError where a stage gave NaN logits.
         """
-        self.iterate()
-        record = self.state.progress.record.tolist()
-        for stage in self.stages:
-            stage.account(len(self.text))
+        record, work = self.pipeline.next()
+        for stage, asked in zip(self.stages, work, strict=True):
+            stage.account(asked, len(self.text))
         state = record[Record.STATE]
         if state < 0:
             name = self.stages[-state - 1].name

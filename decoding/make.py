@@ -14,7 +14,7 @@ from rich.progress import track
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from decoding import katz
+from decoding import katz, text
 from model import corpus, samples, training
 from model.runtime import bfloat16_is_fast
 
@@ -25,7 +25,9 @@ DRAFT_DEFAULTS = {"layers": 2, "width": 128, "minutes": 20.0}
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """The three commands, each with a flag for every field of ``TrainingConfig`` that serves it."""
     oracle = commands.add_parser("train-oracle", help="train a GPT-2 on directories of text")
-    oracle.add_argument("--tokenizer", type=Path, metavar="DIR", help="with a tokenizer.json; otherwise one is trained")
+    oracle.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="with a tokenizer's files; otherwise one is trained"
+    )
     oracle.add_argument("--vocab-size", type=int, metavar="N", help="of the tokenizer that is trained (default: 8192)")
     _add_training(oracle, {}, ("vocab_size", "teacher_share"))
     oracle.set_defaults(run=train_oracle)
@@ -60,6 +62,12 @@ def _add_text(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directory of text, or 'installed': Python source beside the interpreter (default); may be repeated",
     )
+    command.add_argument(
+        "--exclude",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with prompts (HumanEval.jsonl.gz): files that hold a line of theirs are left out",
+    )
     command.add_argument("--suffix", metavar="TEXT", default=".py", help="of the files that are read (default: .py)")
 
 
@@ -72,6 +80,7 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict, skipped: tup
         default=3.0,
         help="between checkpoints (default: 3)",
     )
+    command.add_argument("--start", type=Path, metavar="DIR", help="begin from this model, which may have fewer layers")
     command.add_argument("--no-compile", action="store_true", help="do not compile: slower, needs no C++ compiler")
     for field in fields(training.TrainingConfig):
         if field.name not in skipped:
@@ -80,12 +89,15 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict, skipped: tup
             command.add_argument(flag, type=kind, default=default, metavar="N", help=f"default: {default}")
 
 
-def read_corpus(data: list[str] | None, suffix: str) -> corpus.Corpus:
+def read_corpus(data: list[str] | None, suffix: str, exclude: Path | None = None) -> corpus.Corpus:
     """What lies in the directories ``data``; 'installed' is the installed Python source."""
+    if exclude is not None and not exclude.is_file():
+        raise ValueError(f"no file of prompts to exclude at {exclude}")
     sources = []
     for name in data or ["installed"]:
         sources += corpus.installed_sources() if name == "installed" else corpus.directory_sources(Path(name))
-    return corpus.collect(sources, suffix)
+    excluded = corpus.telling_lines(exclude) if exclude else frozenset()
+    return corpus.collect(sources, suffix, excluded=excluded)
 
 
 def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +106,7 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
     if stored.exists():
         with np.load(stored) as arrays:
             return arrays["train"], arrays["heldout"]
-    texts = read_corpus(flags.data, flags.suffix)
+    texts = read_corpus(flags.data, flags.suffix, flags.exclude)
     if tokenizer_dir is None:
         tokenizer = corpus.train_tokenizer(texts.train, flags.vocab_size or training.TrainingConfig.vocab_size)
     else:
@@ -103,7 +115,8 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
     end = corpus.END_OF_TEXT
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(flags.out)
     train, heldout = corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
-    (flags.out / SOURCES).write_text(json.dumps(texts.card(), indent=1) + "\n")
+    sources = {"sources": texts.card(), "excluded_files": texts.num_excluded}
+    (flags.out / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")
     unfinished = flags.out / f"unfinished_{TOKENS}"  # a kill in the middle leaves no half of it
     np.savez(unfinished, train=train, heldout=heldout)
     unfinished.replace(stored)
@@ -111,9 +124,10 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
 
 
 def _tokenizer(directory: Path) -> Tokenizer:
-    if not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"no tokenizer.json in {directory}")
-    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer = text.load_tokenizer(directory)
+    if tokenizer is None:
+        raise ValueError(f"no tokenizer.json, nor vocab.json with merges.txt, in {directory}")
+    return tokenizer
 
 
 def train_oracle(flags: argparse.Namespace) -> None:
@@ -157,10 +171,14 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
             np.save(unfinished, own_text(flags.oracle, ids, flags.own_text, 1.0))
             unfinished.replace(stored)
         ids = np.concatenate([ids, np.load(stored)])
-    vocab_size = _tokenizer(flags.out).get_vocab_size()
-    given = {name: getattr(flags, name) for name in names} | {"vocab_size": vocab_size}
+    tokenizer = _tokenizer(flags.out)
+    given = {name: getattr(flags, name) for name in names} | {"vocab_size": tokenizer.get_vocab_size()}
     config = training.TrainingConfig(**given)
-    trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile)
+    start = _model(flags.start) if flags.start else None
+    trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile, start=start)
+    end = tokenizer.token_to_id(corpus.END_OF_TEXT)
+    for written in (trainer.model.config, trainer.model.generation_config):
+        written.bos_token_id = written.eos_token_id = end
     console = Console(highlight=False, soft_wrap=True)
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     console.print(f"{num_parameters / 1e6:.1f} M parameters, {len(ids) / 1e6:.1f} M tokens of text", end=", ")
@@ -197,7 +215,7 @@ def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parame
         "parameters": num_parameters,
         "text_tokens": len(trainer.ids),
         "teacher": flags.oracle.name if trainer.teacher is not None else None,
-        "sources": json.loads((flags.out / SOURCES).read_text()),
+        **json.loads((flags.out / SOURCES).read_text()),
         "log": [row for row in trainer.log if "heldout_loss" in row or row["step"] % 100 == 0],
     }
     (flags.out / CARD).write_text(json.dumps(card, indent=1) + "\n")
@@ -207,7 +225,7 @@ def build_draft2(flags: argparse.Namespace) -> None:
     if flags.model is not None:
         _require_model(flags.model)
     tokenizer = _tokenizer(flags.tokenizer)
-    ids = corpus.encode(tokenizer, read_corpus(flags.data, flags.suffix).train)
+    ids = corpus.encode(tokenizer, read_corpus(flags.data, flags.suffix, flags.exclude).train)
     origin = "text"
     if flags.model is not None:
         ids = own_text(flags.model, ids, flags.samples, flags.temperature)

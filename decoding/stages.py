@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from decoding.config import SpeculationConfig
+from decoding.stats import Work
 from kernels.layout import MAX_ROWS, Chain, Progress, Sampling, SuccessorTable, Tree
 from model.gpt2 import GPT2, Query
 
@@ -47,9 +48,11 @@ class Stage(Protocol):
     name: str
     vocab_size: int
     context: int  # positions it can be fed
+    device: torch.device  # where its passes run
     passes: int  # passes of this generation, prefill not counted
     seconds: float  # time the host spent in them, prefill included
     bytes_moved: int  # weights, K/V and table rows of these passes, by arithmetic
+    memory: tuple  # what passes read and write beside the shared state; all of it outlives a generation
 
     def begin(self, prompt: list[int], tree_capacity: int) -> Lease | None:
         """Forget the last generation and read the prompt; None from a stage without a cache."""
@@ -65,14 +68,43 @@ class Stage(Protocol):
     def learn(self, state: State, verdict: Scored) -> None:
         """Take note of what a stage above has just drawn."""
 
-    def account(self, length: int) -> None:
-        """Count the bytes of the passes since the last call, made below a text of ``length`` tokens."""
+    def take_work(self) -> Work:
+        """What was asked of this stage since the last call; it is not counted yet."""
+
+    def account(self, work: Work, length: int) -> None:
+        """Count the work of one iteration, which was done below a text of ``length`` tokens."""
 
     def end(self) -> None:
         """Give everything back that the generation holds; the counters stay."""
 
 
-class KatzStage:
+class _Counters:
+    """The counters of a stage, and how many bytes its passes move."""
+
+    _pass_bytes = _kv_bytes = _row_bytes = 0  # of each pass, of each pass and token of the text, of each row
+
+    def _reset_counters(self) -> None:
+        self.passes, self.seconds, self.bytes_moved = 0, 0.0, 0
+        self._work = Work()
+
+    def _add_work(self, passes: int, rows: int, start: float) -> None:
+        """Passes that took the host the time since ``start``."""
+        work = self._work
+        seconds = work.seconds + time.perf_counter() - start
+        self._work = Work(work.passes + passes, work.rows + rows, seconds)
+
+    def take_work(self) -> Work:
+        work, self._work = self._work, Work()
+        return work
+
+    def account(self, work: Work, length: int) -> None:
+        self.passes += work.passes
+        self.seconds += work.seconds
+        per_pass = self._pass_bytes + length * self._kv_bytes
+        self.bytes_moved += work.passes * per_pass + work.rows * self._row_bytes
+
+
+class KatzStage(_Counters):
     """draft²: a look-up per node, in what the stage above drew after the same two tokens or else in a baked table."""
 
     context = 2**30
@@ -80,13 +112,17 @@ class KatzStage:
 
     def __init__(self, name: str, table: SuccessorTable, ops: ModuleType):
         self.name, self.table, self.ops = name, table, ops
-        self.vocab_size = table.vocab_size
+        self.vocab_size, self.device = table.vocab_size, table.tokens.device
         self.recent = ops.new_recent(self.num_recent, self.recent_width, self.vocab_size, table.tokens.device)
         self._row_bytes = table.tokens.shape[1] * 8 + 16
         self.begin([], 0)
 
+    @property
+    def memory(self) -> tuple:
+        return self.table, self.recent
+
     def begin(self, prompt: list[int], tree_capacity: int) -> None:
-        self.passes, self.seconds, self.bytes_moved = 0, 0.0, 0
+        self._reset_counters()
         self.recent.keys.fill_(-1)
 
     def begin_iteration(self, num_head: int) -> None:
@@ -97,9 +133,7 @@ class KatzStage:
         children, scores = self.ops.lookup_nodes(
             self.table, state.tree, nodes, state.progress, sampling, num_children, tau, self.recent
         )
-        self.passes += 1
-        self.bytes_moved += len(nodes) * self._row_bytes
-        self.seconds += time.perf_counter() - start
+        self._add_work(1, len(nodes), start)
         return Scored(nodes, children[:, 0], children, scores, None)
 
     def learn(self, state, verdict):
@@ -107,16 +141,13 @@ class KatzStage:
             start = time.perf_counter()
             tree, progress, _ = state
             self.ops.learn(self.recent, tree, verdict.nodes, progress, verdict.children, verdict.log_probs)
-            self.seconds += time.perf_counter() - start
-
-    def account(self, length: int) -> None:
-        pass
+            self._add_work(0, 0, start)
 
     def end(self) -> None:
         pass
 
 
-class GPT2Stage:
+class GPT2Stage(_Counters):
     """A GPT-2 with its own cache; draft or oracle, the code is the same.
 
     The cache is a prefix of the committed text. Committed tokens it has not seen go at the head of the next pass. A
@@ -126,16 +157,16 @@ class GPT2Stage:
     def __init__(self, name: str, model: GPT2):
         self.name, self.model = name, model
         self.vocab_size, self.context = model.config.vocab_size, model.config.n_positions
-        self.cache = None
+        self.cache, self.device = None, model.device
         weights = model.weights
-        self._kv_bytes = 2 * model.config.n_layer * model.config.n_embd * weights.wte.element_size()
-        self._weight_bytes = weights.bytes_per_pass
-        self._cache_index = 0
+        self._kv_bytes = self._row_bytes = 2 * model.config.n_layer * model.config.n_embd * weights.wte.element_size()
+        self._pass_bytes = weights.bytes_per_pass
+        self._cache_index = self._num_head = 0
         self._reset_counters()
 
-    def _reset_counters(self) -> None:
-        self.passes, self.seconds, self.bytes_moved, self.prefill_seconds = 0, 0.0, 0, 0.0
-        self._open_passes = self._open_rows = self._num_head = 0
+    @property
+    def memory(self) -> tuple:
+        return self.model, self.cache
 
     def begin(self, prompt: list[int], tree_capacity: int) -> Lease:
         self._reset_counters()
@@ -170,22 +201,23 @@ class GPT2Stage:
         if len(rows.tokens) == 0:
             empty = tree.edge_scores.new_empty(0, 0)
             return Scored(rows.nodes, rows.nodes, empty.int(), empty, None)
-        hidden = self._forward(rows, chain, progress)[rows.row_of.to(model.device)]
+        hidden, num_passes = self._forward(rows, chain, progress)
+        hidden = hidden[rows.row_of.to(model.device)]
         tile_maxima = ops.new_tile_maxima(len(hidden), self.vocab_size, hidden.device)
         logits = model.logits(hidden, tile_maxima)
         positions = rows.draw_positions.to(model.device)
         width, log_probs = min(num_children, self.vocab_size), None
         if width and index > 0:  # there are stages below, and they learn from it
             log_probs = logits.new_empty(len(hidden), width, dtype=torch.float32)
+        sampling = sampling.to(ops.state_device(model.device))
         drawn = ops.draw(logits, positions, sampling, num_children, tau, tile_maxima, child_log_probs=log_probs)
         home = tree.tokens.device
         drawn = [part.to(home) for part in drawn]
-        self._open_rows += len(rows.tokens)
-        self.seconds += time.perf_counter() - start
+        self._add_work(num_passes, len(rows.tokens), start)
         return Scored(rows.nodes, *drawn, None if log_probs is None else log_probs.to(home))
 
-    def _forward(self, rows, chain: Chain, progress: Progress) -> torch.Tensor:
-        """Last hidden states of all rows, [R, C]; what is too much for one pass goes in several, parents first."""
+    def _forward(self, rows, chain: Chain, progress: Progress) -> tuple[torch.Tensor, int]:
+        """Last hidden states of all rows, [R, C], and the number of passes; many rows go in several, parents first."""
         index, device = self._cache_index, self.model.device
         columns = (rows.tokens, rows.positions, torch.zeros_like(rows.tokens), rows.slot_mapping, rows.paths)
         shared = (chain.node_slots[index], chain.page_tables[index : index + 1], progress.length)
@@ -193,17 +225,10 @@ class GPT2Stage:
         parts = []
         for part in zip(*(column.to(device).split(MAX_ROWS) for column in columns), strict=True):
             parts.append(self.model.forward(Query(*part, node_slots), self.cache, page_table, committed))
-        self.passes += len(parts)
-        self._open_passes += len(parts)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts), len(parts)
 
     def learn(self, state, verdict):
         pass
-
-    def account(self, length: int) -> None:
-        per_pass = self._weight_bytes + length * self._kv_bytes
-        self.bytes_moved += self._open_passes * per_pass + self._open_rows * self._kv_bytes
-        self._open_passes = self._open_rows = 0
 
     def end(self) -> None:
         self.cache.reset()

@@ -1,8 +1,17 @@
 """What a generation did, counted on committed tokens only: drafts beyond an eos or a stop string do not count."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kernels.layout import Record
+
+
+class Work(NamedTuple):
+    """What one iteration asks of one stage."""
+
+    passes: int = 0
+    rows: int = 0  # tokens of these passes
+    seconds: float = 0.0  # time the host spent launching them, or computing them where that is the same
 
 
 @dataclass
@@ -18,8 +27,8 @@ class Iteration:
 class Statistics:
     """Counters of one generation; ``summary`` turns them into the figures that users see."""
 
-    def __init__(self, names: list[str]):
-        self.names = names
+    def __init__(self, names: list[str], execution: str = "eager"):
+        self.names, self.execution = names, execution
         self.iterations: list[Iteration] = []
         self.seconds = 0.0
 
@@ -56,7 +65,9 @@ class Statistics:
         ``acceptance_rate_per_position[i]`` the same at the i-th token of an iteration. The same five figures at the top
         are those of all lower stages together. ``mean_acceptance_length`` = tokens per oracle pass, the oracle's own
         included. ``bytes_per_token`` is arithmetic: weights, K/V and table rows of all stages' passes. Prefill is in
-        the seconds, not in passes and bytes.
+        the seconds, not in passes and bytes. ``iteration`` is "eager" or "captured". ``seconds`` are "total" and, of
+        eager iterations, those that the host spent in each stage and outside of them all ("host"), which on a GPU are
+        the seconds it took to launch the work, not to do it; within a captured iteration the host sees no stage.
         """
         num_tokens = len(self.token_stages)
         per_stage = {}
@@ -64,13 +75,17 @@ class Statistics:
             per_stage[stage.name] = {"passes": stage.passes}
             if index < len(stages) - 1:
                 per_stage[stage.name] |= self._acceptance(frozenset({index}))
-        seconds = {stage.name: stage.seconds for stage in stages}
+        seconds = {"total": self.seconds}
+        if self.execution == "eager":
+            seconds |= {stage.name: stage.seconds for stage in stages}
+            seconds["host"] = self.seconds - sum(stage.seconds for stage in stages)
         return {
             "stages": per_stage,
             "mean_acceptance_length": num_tokens / max(1, stages[-1].passes),
             **self._acceptance(frozenset(range(len(stages) - 1))),
             "tokens_per_second": num_tokens / self.seconds if self.seconds else 0.0,
-            "seconds": seconds | {"host": self.seconds - sum(seconds.values()), "total": self.seconds},
+            "iteration": self.execution,
+            "seconds": seconds,
             "prefill_seconds": sum(getattr(stage, "prefill_seconds", 0.0) for stage in stages),
             "bytes_per_token": sum(stage.bytes_moved for stage in stages) / max(1, num_tokens),
         }

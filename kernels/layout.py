@@ -17,8 +17,10 @@ DEPTH_LIMIT = 32  # deepest node of any tree, the root being at depth 0
 TAIL_ALIGNMENT = 16  # shared_end is a multiple of this
 TAIL_LANES = DEPTH_LIMIT + TAIL_ALIGNMENT
 SHARED_WINDOW = 128  # keys per product of the shared part, torch backend
-ROW_BLOCK = 16  # rows per product of the torch backend
+ROW_BLOCK = 16  # most rows per product of the torch backend
+ROW_MULTIPLE = 4  # rows per product are a multiple of this, where such products were found to agree bit for bit
 MAX_ROWS = 128  # rows of one pass over a tree; a longer pass is a prefill
+MOMENT_PART = 32  # values of a row whose moments are kept together; tiles that leave moments are a multiple of it
 VOCAB_TILE = 64  # logits whose maximum the output head may keep for the sampler
 MAX_PROBES = 16  # buckets that a look-up of a successor table may visit; the builder keeps within it
 LEAST_REST = 1e-6  # mass outside a remembered row, where rounding leaves none
@@ -66,12 +68,13 @@ class Progress(NamedTuple):
     reach: torch.Tensor  # int32 [stages, 4]
     contexts: torch.Tensor  # int32 [stages], positions that each stage can be fed
     max_depth: torch.Tensor  # int32 [1], deepest node that the configuration allows
-    eos: torch.Tensor  # int32 [any], tokens that end the text
+    eos: torch.Tensor  # int32 [EOS_CAPACITY or more], tokens that end the text, then -1
     state: torch.Tensor  # int32 [1], RUNNING, EOS, LENGTH, or -1 - the stage that gave NaN
     record: torch.Tensor  # int32 [RECORD], what the last iteration did; see ``Record``
 
 
 RUNNING, EOS, LENGTH = 0, 1, 2
+EOS_CAPACITY = 8  # so that generations with few end-of-text tokens have state of one shape
 MAX_STAGES = 8
 RUN = 48  # places for the tokens of one iteration, DEPTH_LIMIT + 1 of them used
 
@@ -141,8 +144,12 @@ class Sampling(NamedTuple):
     """What shapes a draw. Greedy is ``noise=False`` with every filter off."""
 
     noise: bool
-    seed: int  # 64 bits
+    seed: torch.Tensor  # int32 [2], a 64-bit seed, low word first; read by the draws, so that a capture outlives it
     temperature: float
     top_k: int  # 0 = off
     top_p: float  # 1.0 = off
     min_p: float  # 0.0 = off
+
+    def to(self, device: torch.device | str) -> "Sampling":
+        """The same rule, its seed on ``device``."""
+        return self._replace(seed=self.seed.to(device))

@@ -6,9 +6,11 @@ nothing is stored but token ids. ``pip install --no-deps --target DIR PACKAGE...
 licences are known.
 """
 
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import random
 import sysconfig
 from collections.abc import Iterable
@@ -39,6 +41,7 @@ class Corpus:
     train: list[str] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)
     taken: dict[str, list] = field(default_factory=dict)  # name -> [licence, files, bytes]
+    num_excluded: int = 0  # files that held a line of an evaluation set
 
     def card(self) -> list[dict]:
         """One JSON row per source: name, licence, files, bytes."""
@@ -92,13 +95,28 @@ def text_files(root: Path, suffix: str) -> list[Path]:
     return sorted(path for path in inside if not SKIPPED_PARTS & set(path.relative_to(root).parts[:-1]))
 
 
+def telling_lines(problems: Path) -> frozenset[str]:
+    """Lines by which problems of an evaluation set are known: those of at least 40 characters in the prompts of
+    ``problems``, a file of JSON lines with a "prompt" each (HumanEval's format), gzipped if it ends in ".gz"."""
+    raw = problems.read_bytes()
+    text = (gzip.decompress(raw) if problems.suffix == ".gz" else raw).decode("utf-8")
+    prompts = [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
+    lines = (line.strip() for prompt in prompts for line in prompt.splitlines())
+    return frozenset(line for line in lines if len(line) >= 40)
+
+
 def collect(
-    sources: Iterable[Source], suffix: str = ".py", max_file_bytes: int = 200_000, max_repeated: float = 0.4
+    sources: Iterable[Source],
+    suffix: str = ".py",
+    max_file_bytes: int = 200_000,
+    max_repeated: float = 0.4,
+    excluded: frozenset[str] = frozenset(),
 ) -> Corpus:
     """Read the files of every source.
 
     A file is left out when it is larger than ``max_file_bytes`` (tables, generated code), not UTF-8, or when more
-    than ``max_repeated`` of its lines of at least 12 characters occurred in earlier files. One in 50 is held out.
+    than ``max_repeated`` of its lines of at least 12 characters occurred in earlier files, or when one of its lines is
+    among ``excluded``, which keeps an evaluation set out. One in 50 is held out.
     Raises ValueError if nothing is left.
     """
     corpus, seen_files, seen_lines = Corpus(), set(), set()
@@ -113,7 +131,11 @@ def collect(
                 text = raw.decode("utf-8").replace("\r\n", "\n")
             except UnicodeDecodeError:
                 continue
-            lines = [hash(line) for line in map(str.strip, text.split("\n")) if len(line) >= 12]
+            stripped = [line for line in map(str.strip, text.split("\n")) if len(line) >= 12]
+            if not excluded.isdisjoint(stripped):
+                corpus.num_excluded += 1
+                continue
+            lines = [hash(line) for line in stripped]
             if not lines or sum(line in seen_lines for line in lines) > max_repeated * len(lines):
                 continue
             seen_lines.update(lines)

@@ -71,18 +71,21 @@ class GPT2:
             query.slot_mapping,
         )
         eps = config.layer_norm_epsilon
-        x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe)  # [N, C]
+        moments = ops.new_moments(len(query.tokens), config.n_embd, self.device)  # of x, for layer norms
+        x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe, moments)  # [N, C]
         for i, layer in enumerate(weights.layers):
             k, v = cache.k[i], cache.v[i]
             q = ops.layer_norm_qkv(
-                x, layer.ln_1_weight, layer.ln_1_bias, eps, layer.c_attn_weight, layer.c_attn_bias, k, v, route
+                *(x, layer.ln_1_weight, layer.ln_1_bias, eps, layer.c_attn_weight, layer.c_attn_bias),
+                *(k, v, route, moments),
             )
             mixed = ops.tree_attention(q, k, v, route, config.attention_scale(i))
-            x = ops.linear_residual(mixed, layer.attn_c_proj_weight, layer.attn_c_proj_bias, x)
+            x = ops.linear_residual(mixed, layer.attn_c_proj_weight, layer.attn_c_proj_bias, x, moments)
             h = ops.layer_norm_linear(
-                x, layer.ln_2_weight, layer.ln_2_bias, eps, layer.c_fc_weight, layer.c_fc_bias, config.activation
+                *(x, layer.ln_2_weight, layer.ln_2_bias, eps, layer.c_fc_weight, layer.c_fc_bias),
+                *(config.activation, moments),
             )
-            x = ops.linear_residual(h, layer.mlp_c_proj_weight, layer.mlp_c_proj_bias, x)
+            x = ops.linear_residual(h, layer.mlp_c_proj_weight, layer.mlp_c_proj_bias, x, moments)
         return x
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ def sample_text(
     prompt_ids: np.ndarray,
     num_tokens: int,
     temperature: float = 1.0,
-    batch: int = 64,
+    batch: int | None = None,  # rows at a time; None: 64, on a GPU 512
     prompt_length: int = 32,
     length: int = 256,
     seed: int = 0,
@@ -28,6 +28,7 @@ def sample_text(
     """
     prompt_length = min(prompt_length, model.config.n_positions // 2)
     length = min(length, model.config.n_positions - prompt_length)
+    batch = batch or (512 if model.device.type == "cuda" else 64)
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     for _ in range(0, num_tokens, batch * length):

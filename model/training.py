@@ -9,6 +9,7 @@ run can be given more time later: it then goes on from where the decay began.
 Commands: ``staged train-oracle``, ``staged train-draft``.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from model.muon import Muon
 from model.runtime import bfloat16_is_fast
 
 LATEST, STABLE = "checkpoint.pt", "checkpoint_before_decay.pt"
@@ -36,6 +38,7 @@ class TrainingConfig:
     minutes: float = 30.0  # of training, pauses not counted
     steps: int = 0  # exactly as many instead, if not 0
     tokens_per_step: int = 4096
+    tokens_per_pass: int = 0  # gradients of smaller passes are added up, if not 0: bounds the memory it takes
     short_window: int = 256
     full_window_share: float = 0.15
     learning_rate: float = 3e-3
@@ -59,10 +62,31 @@ def build(config: TrainingConfig) -> GPT2LMHeadModel:
             embd_pdrop=0.0,
             resid_pdrop=0.0,
             activation_function="gelu_pytorch_tanh",
-            bos_token_id=0,
-            eos_token_id=0,
         )
     )
+
+
+@torch.no_grad()
+def deepen(model: GPT2LMHeadModel, source: GPT2LMHeadModel) -> None:
+    """Give ``model`` the weights of ``source``, which has as many layers or fewer, and so the function it computes.
+
+    Every layer of ``source`` is followed by copies of itself that add nothing yet, since their output projections are
+    zero. Raises ValueError where other sizes differ or layers would be left out.
+    """
+    layers, given = model.config.n_layer, source.config.n_layer
+    for name in ("n_embd", "n_head", "n_positions", "vocab_size"):
+        ours, theirs = getattr(model.config, name), getattr(source.config, name)
+        if ours != theirs:
+            raise ValueError(f"the model to start from has {name} {theirs}, this one {ours}")
+    if given > layers:
+        raise ValueError(f"the model to start from has {given} layers, this one only {layers}")
+    weights = source.state_dict()
+    for name, value in model.state_dict().items():
+        found = re.match(r"(transformer\.h\.)(\d+)(.*)", name)
+        index = int(found[2]) if found else 0
+        origin = f"{found[1]}{index * given // layers}{found[3]}" if found else name
+        repeated = index and index * given // layers == (index - 1) * given // layers
+        value.copy_(torch.zeros_like(value) if repeated and "c_proj" in name else weights[origin])
 
 
 def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -70,8 +94,9 @@ def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or ".h." not in name]
     fused = model.device.type == "cuda"
+    dtype = torch.bfloat16 if bfloat16_is_fast(model.device) else torch.float32
     return [
-        torch.optim.Muon(hidden, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        Muon(hidden, lr=learning_rate, weight_decay=0.05, dtype=dtype),
         torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused),
     ]
 
@@ -144,11 +169,18 @@ class Trainer:
         ids: np.ndarray,
         teacher: GPT2LMHeadModel | None = None,
         compiled: bool = True,
+        start: GPT2LMHeadModel | None = None,
     ) -> None:
-        """``ids``: uint16 [tokens]. ``compiled`` needs a C++ compiler and is 1.3 times as fast on a CPU."""
+        """``ids``: uint16 [tokens]. ``compiled`` needs a C++ compiler and is 1.3 times as fast on a CPU.
+
+        ``start``: a trained model to begin from, see ``deepen``.
+        """
         self.config, self.ids = config, ids
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = build(config).to(self.device).train()
+        self.model = build(config)
+        if start is not None:
+            deepen(self.model, start)
+        self.model = self.model.to(self.device).train()
         self.teacher = teacher.to(self.device).eval() if teacher is not None else None
         self.optimizers = optimizers(self.model, config.learning_rate)
         self.half = bfloat16_is_fast(self.device)
@@ -183,8 +215,11 @@ class Trainer:
         batch = windows(self.ids, length, self.taken[length], count, config.seed).to(self.device)
         offset = torch.tensor(int(rng.integers(0, config.context - length + 1)))
         guide = self.teacher if self.progress > 1.0 - config.teacher_share else None
-        loss = self.loss(self.model, batch, offset, guide, self.half)
-        loss.backward()
+        mean_loss = torch.zeros((), device=self.device)
+        for part in batch.split(max(1, (config.tokens_per_pass or config.tokens_per_step) // length)):
+            loss = self.loss(self.model, part, offset, guide, self.half) * (len(part) / count)
+            loss.backward()
+            mean_loss += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -194,9 +229,20 @@ class Trainer:
         self.taken[length] += count
         self.step += 1
         self.tokens += batch.numel()
-        value = loss.item()
+        value = mean_loss.item()
         self.seconds += time.monotonic() - start
         return value
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of a forward and a backward pass, by arithmetic, windows of the short length.
+
+        Six for every weight that a product reads, and attention's (Chowdhery et al. 2022, appendix B); a teacher's
+        passes are not counted.
+        """
+        config = self.config
+        matrices = 12 * config.layers * config.width**2 + config.vocab_size * config.width
+        return 6 * matrices + 12 * config.layers * config.width * config.short_window
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a kill in the middle leaves the one before."""
@@ -241,7 +287,7 @@ def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: 
     """Train until the budget is spent; yields a row after every step, with ``heldout_loss`` where that was measured.
 
     Checkpoints go to ``out``, one more just before the learning rate decays. Rows: step, progress, seconds, tokens,
-    loss (of this step), tokens_per_second (since the last row with a checkpoint).
+    loss (of this step), and since the last row with a checkpoint tokens_per_second and teraflops per second.
     """
     since, saved = (trainer.seconds, trainer.tokens), time.monotonic()
     while trainer.progress < 1.0:
@@ -255,8 +301,9 @@ def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: 
             "seconds": round(trainer.seconds),
             "tokens": trainer.tokens,
             "loss": round(loss, 4),
-            "tokens_per_second": round((trainer.tokens - since[1]) / (trainer.seconds - since[0])),
         }
+        rate = (trainer.tokens - since[1]) / (trainer.seconds - since[0])
+        row |= {"tokens_per_second": round(rate), "teraflops": round(1e-12 * rate * trainer.flops_per_token, 3)}
         done = trainer.progress >= 1.0
         if done or time.monotonic() - saved > 60 * checkpoint_minutes:
             row["heldout_loss"] = round(heldout_loss(trainer.model.eval(), heldout, trainer.config.context), 4)

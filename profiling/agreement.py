@@ -38,8 +38,8 @@ def draws(model: GPT2, text: list[int], num_new: int, sampling) -> torch.Tensor:
     hidden = model.prefill(text[:-1], cache)[-num_new:]
     positions = torch.arange(len(text) - num_new, len(text), dtype=torch.int32, device=model.device)
     logits = model.logits(hidden)
-    parts = zip(logits.split(64), positions.split(64), strict=True)
-    return torch.cat([model.ops.draw(rows, at, sampling, BEST)[1] for rows, at in parts]).cpu()
+    rule, parts = sampling.to(model.device), zip(logits.split(64), positions.split(64), strict=True)
+    return torch.cat([model.ops.draw(rows, at, rule, BEST)[1] for rows, at in parts]).cpu()
 
 
 def table_draws(stage, text: list[int], num_new: int, sampling) -> torch.Tensor:

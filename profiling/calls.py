@@ -13,7 +13,8 @@ import torch
 from kernels import reference
 from profiling.shapes import Operation, Shape, operations
 
-ROW_ARGUMENTS = {"tokens", "positions", "sequences", "paths", "slot_mapping", "x", "q", "residual", "tile_maxima"}
+ROW_ARGUMENTS = {"tokens", "positions", "sequences", "paths", "slot_mapping"}
+ROW_ARGUMENTS |= {"x", "q", "residual", "tile_maxima", "moments"}
 LAYER = ("layer_norm_qkv", "tree_attention", "attn_proj", "mlp_fc_gelu", "mlp_proj")
 # ‖result - reference‖ / ‖reference‖ against the twin in float64
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

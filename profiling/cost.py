@@ -21,7 +21,6 @@ from profiling.machine_code import Report, launches, source_of, try_compile
 from profiling.shapes import SHAPES, Shape
 
 LAUNCH = 1.3e-6  # s between kernels of a CUDA graph; reported for an H100 (Hazy Research, "Look Ma, No Bubbles", 2025)
-MOMENT_INSTRUCTIONS = 9.1  # per element, counted in the sm_90 code of the moments' loop: 145 for 16 elements a thread
 LANES = 512  # 32-bit registers per lane of one scheduler, on all of these
 SCHEDULERS = 4  # per multiprocessor, on all of these
 
@@ -75,7 +74,6 @@ class Traffic(NamedTuple):
     in_flight: int  # bytes that one program has requested in its main loop
     l2_trips: int  # to the L2 cache, one after another
     dram_trips: int
-    moments: int  # elements per program that a layer norm reduces before the product
 
 
 class Cost(NamedTuple):
@@ -134,8 +132,6 @@ def modelled_seconds(launch: Launch, report: Report, arch: str, text_length: int
     halves = report.matrix and any(v.dtype.itemsize == 2 for v in launch.arguments.values() if torch.is_tensor(v))
     rate = (machine.matrix if halves else machine.vector) * busy
     waits = traffic.l2_trips * machine.l2_latency + traffic.dram_trips * machine.dram_latency
-    sharing = max(1, running / machine.multiprocessors)  # programs that take turns on a multiprocessor
-    moments = MOMENT_INSTRUCTIONS * traffic.moments / (machine.warp_size * SCHEDULERS) * sharing / machine.clock
     return Cost(
         programs,
         resident,
@@ -146,7 +142,7 @@ def modelled_seconds(launch: Launch, report: Report, arch: str, text_length: int
         dram=traffic.dram_bytes / (machine.copy * min(1.0, in_flight / needed)),
         l2=traffic.l2_bytes / machine.l2,
         compute=traffic.flops / rate,
-        serial=rounds * (waits + moments),
+        serial=rounds * waits,
     )
 
 
@@ -160,17 +156,15 @@ def _linear(launch: Launch, text_length: int) -> Traffic:
     weights, x, out = m * k * size, n * k * size, n * m * size * (2 if residual else 1)
     steps = math.ceil(math.ceil(k / depth) / splits)
     partial = 2 * 4 * splits * n * m if splits > 1 else 0
-    reads_of_x = tiles * (1 + splits if normed else 1)
-    group = 16 if tile_rows == 64 else tile_rows  # moments are taken by groups of rows, one after another
-    chunks = math.ceil(min(n, tile_rows) / group) * math.ceil(k / depth) if normed else 0
+    moments = given["moments_ptr"].nbytes * tiles * splits if normed else 0  # each program reads those of its rows
+    moments += given["out_moments_ptr"].nbytes if given["out_moments_ptr"] is not None else 0
     return Traffic(
         dram_bytes=weights + x + out,
-        l2_bytes=row_tiles * weights + reads_of_x * x + partial + out,
+        l2_bytes=row_tiles * weights + tiles * x + partial + moments + out,
         flops=2 * row_tiles * tile_rows * m * k,
         in_flight=min(steps, max(1, launch.options["num_stages"] - 1)) * outputs * depth * size,
-        l2_trips=chunks + (3 if splits > 1 else 0) + 1,
+        l2_trips=int(normed) + (3 if splits > 1 else 0) + 1,
         dram_trips=1,
-        moments=chunks * group * depth,
     )
 
 
@@ -190,7 +184,6 @@ def _tree_attention(launch: Launch, text_length: int) -> Traffic:
         in_flight=2 * min(window, max(shared, TAIL_LANES)) * constants["D"] * size,
         l2_trips=2 * max(steps, TAIL_LANES // constants["STEP"]) + 4,
         dram_trips=1,
-        moments=0,
     )
 
 
@@ -206,14 +199,14 @@ def _prefill_attention(launch: Launch, text_length: int) -> Traffic:
         in_flight=2 * window * constants["D"] * size,
         l2_trips=2,
         dram_trips=1,
-        moments=0,
     )
 
 
 def _elementwise(launch: Launch, text_length: int) -> Traffic:
-    """Embedding and routing: a gather of rows through an index."""
-    moved = sum(launch.arguments[name].nbytes for name in ("out_ptr", "tail_slots_ptr") if name in launch.arguments)
-    return Traffic(3 * moved, 3 * moved, 0, 3 * moved // math.prod(launch.grid), 1, 2, 0)
+    """Embedding, routing, moments of rows: a gather of rows through an index, or something like it."""
+    names = ("out_ptr", "tail_slots_ptr", "x_ptr")
+    moved = sum(launch.arguments[name].nbytes for name in names if name in launch.arguments)
+    return Traffic(3 * moved, 3 * moved, 0, 3 * moved // math.prod(launch.grid), 1, 2)
 
 
 _TRAFFIC: dict[str, Callable[[Launch, int], Traffic]] = {
@@ -222,6 +215,7 @@ _TRAFFIC: dict[str, Callable[[Launch, int], Traffic]] = {
     "_prefill_attention_kernel": _prefill_attention,
     "_embed_kernel": _elementwise,
     "_route_kernel": _elementwise,
+    "_row_moments_kernel": _elementwise,
 }
 
 
@@ -239,10 +233,11 @@ def model_table(arch: str, num_rows: int, shape: Shape = SHAPES["large"]) -> str
             continue
         report = try_compile(source_of(launch, arch), arch)
         cost = modelled_seconds(launch, report, arch)
+        name = "row moments" if launch.kernel.__name__ == "_row_moments_kernel" else operation.name
         seconds += operation.repeats * cost.seconds
         moved += operation.repeats * cost.traffic.dram_bytes
         lines.append(
-            f"{operation.name:<18}{operation.repeats:>3}{cost.seconds * 1e6:>8.2f}{cost.serial * 1e6:>8.2f}"
+            f"{name:<18}{operation.repeats:>3}{cost.seconds * 1e6:>8.2f}{cost.serial * 1e6:>8.2f}"
             f"{cost.traffic.dram_bytes / 1e6:>9.2f}{cost.traffic.l2_bytes / 1e6:>8.2f}{cost.resident:>5}"
             f"{cost.programs:>6}{cost.rounds:>8}"
             f"{_share(cost.traffic.dram_bytes, cost.seconds, machine):>9}  {cost.bound}"

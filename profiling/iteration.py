@@ -90,7 +90,8 @@ def iteration(vocab: int, device: torch.device | str, ops: ModuleType = gpu, wid
         log_rest=torch.zeros(TABLE_ROWS, device=device),
         vocab_size=vocab,
     )
-    greedy, sampled = Sampling(False, 0, 1.0, 0, 1.0, 0.0), Sampling(True, 7, 1.0, 50, 1.0, 0.0)
+    seed = ops.new_seed(7, device)
+    greedy, sampled = Sampling(False, seed, 1.0, 0, 1.0, 0.0), Sampling(True, seed, 1.0, 50, 1.0, 0.0)
 
     def restore() -> torch.Tensor:
         return live.copy_(saved)

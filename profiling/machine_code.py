@@ -36,11 +36,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_SEED = gpu.new_seed(7, "meta")
 DRAWS = {  # sampling, children
-    "draw greedy": (Sampling(False, 0, 1.0, 0, 1.0, 0.0), 0),
-    "draw greedy, children": (Sampling(False, 0, 1.0, 0, 1.0, 0.0), 8),
-    "draw top-k": (Sampling(True, 7, 1.0, 50, 1.0, 0.0), 8),
-    "draw top-p, min-p": (Sampling(True, 7, 1.0, 0, 0.9, 0.05), 8),
+    "draw greedy": (Sampling(False, _SEED, 1.0, 0, 1.0, 0.0), 0),
+    "draw greedy, children": (Sampling(False, _SEED, 1.0, 0, 1.0, 0.0), 8),
+    "draw top-k": (Sampling(True, _SEED, 1.0, 50, 1.0, 0.0), 8),
+    "draw top-p, min-p": (Sampling(True, _SEED, 1.0, 0, 0.9, 0.05), 8),
 }
 STREAMED = {"weight_ptr", "k_head_ptr", "v_head_ptr"}  # what a pass reads once and from far away
 WIDE = 16  # bytes of the widest load that one thread makes

@@ -49,13 +49,14 @@ def forward(whole: Pass, ops: ModuleType) -> Callable[[], torch.Tensor]:
 
     def run() -> torch.Tensor:
         route = ops.route(**route_arguments)
+        moments = embed_arguments["moments"]  # one buffer, as in a pass of GPT-2
         x = ops.embed(**embed_arguments)
         for layer in layers:
-            q = ops.layer_norm_qkv(**{**layer["layer_norm_qkv"], "x": x, "route": route})
+            q = ops.layer_norm_qkv(**{**layer["layer_norm_qkv"], "x": x, "route": route, "moments": moments})
             mixed = ops.tree_attention(**{**layer["tree_attention"], "q": q, "route": route})
-            x = ops.linear_residual(**{**layer["attn_proj"], "x": mixed, "residual": x})
-            hidden = ops.layer_norm_linear(**{**layer["mlp_fc_gelu"], "x": x})
-            x = ops.linear_residual(**{**layer["mlp_proj"], "x": hidden, "residual": x})
+            x = ops.linear_residual(**{**layer["attn_proj"], "x": mixed, "residual": x, "moments": moments})
+            hidden = ops.layer_norm_linear(**{**layer["mlp_fc_gelu"], "x": x, "moments": moments})
+            x = ops.linear_residual(**{**layer["mlp_proj"], "x": hidden, "residual": x, "moments": moments})
         return ops.lm_head(**{**head_arguments, "x": x})
 
     return run

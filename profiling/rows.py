@@ -47,6 +47,13 @@ def _nvidia_smi(fields: str) -> str:
         return "unknown"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of which another process, or a reader after a kill, never sees half."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
 class Rows:
     """The rows of one run in ``out/<command>-<device>-<commit>.json`` and, when finished, ``.csv``."""
 
@@ -67,11 +74,8 @@ class Rows:
         return row
 
     def write(self) -> None:
-        """Write the JSON file; another process never sees half of it."""
-        text = json.dumps(self.document(), indent=1, default=str) + "\n"
-        part = self.path("part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.path("json"))
+        """Write the JSON file."""
+        write_whole(self.path("json"), json.dumps(self.document(), indent=1, default=str) + "\n")
 
     def document(self) -> dict[str, Any]:
         return {"about": self.about, "ceilings": self.ceilings, "rows": self.rows}

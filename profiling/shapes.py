@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.layout import DEPTH_LIMIT, MAX_ROWS, TAIL_LANES, VOCAB_TILE
+from kernels.layout import DEPTH_LIMIT, MAX_ROWS, MOMENT_PART, TAIL_LANES, VOCAB_TILE
 
 MAX_DEPTH = 12  # of the trees made here
 EPS = 1e-5
@@ -95,6 +95,10 @@ def operations(
     wte, wpe, norm = rand(vocab, c), rand(shape.positions, c), (rand(c), rand(c), EPS)
     attn_w, proj_w, fc_w, mlp_w = rand(3 * c, c), rand(c, c), rand(4 * c, c), rand(c, 4 * c)
     attn_b, proj_b, fc_b = rand(3 * c), rand(c), rand(4 * c)
+    parts = x.float().unflatten(1, (-1, MOMENT_PART))
+    mean = parts.mean(2)
+    moments = torch.stack([mean, (parts - mean[..., None]).square().sum(2)], 1)  # of x, as if it had been left behind
+    left = torch.empty_like(moments)
     tiles = -(-vocab // VOCAB_TILE)
     maxima = torch.empty(num_rows, tiles, dtype=torch.float32, device=device) if tile_maxima else None
 
@@ -115,7 +119,7 @@ def operations(
         Operation("route", resolve, 1, 0, route_bytes, 0),
         Operation(
             "embed",
-            lambda: ops.embed(where["tokens"], where["positions"], wte, wpe),
+            lambda: ops.embed(where["tokens"], where["positions"], wte, wpe, left),
             1,
             2 * n * c * size,
             3 * n * c * size,
@@ -123,7 +127,7 @@ def operations(
         ),
         linear(
             "layer_norm_qkv",
-            lambda: ops.layer_norm_qkv(x, *norm, attn_w, attn_b, k, v, route),
+            lambda: ops.layer_norm_qkv(x, *norm, attn_w, attn_b, k, v, route, moments),
             *(3 * c, c, layers, True, n * (c + 3 * c)),
         ),
         Operation(
@@ -136,17 +140,17 @@ def operations(
         ),
         linear(
             "attn_proj",
-            lambda: ops.linear_residual(mixed, proj_w, proj_b, x),
+            lambda: ops.linear_residual(mixed, proj_w, proj_b, x, left),
             *(c, c, layers, False, 3 * n * c),
         ),
         linear(
             "mlp_fc_gelu",
-            lambda: ops.layer_norm_linear(x, *norm, fc_w, fc_b, "gelu_tanh"),
+            lambda: ops.layer_norm_linear(x, *norm, fc_w, fc_b, "gelu_tanh", moments),
             *(4 * c, c, layers, True, n * (c + 4 * c)),
         ),
         linear(
             "mlp_proj",
-            lambda: ops.linear_residual(hidden, mlp_w, proj_b, x),
+            lambda: ops.linear_residual(hidden, mlp_w, proj_b, x, left),
             *(c, 4 * c, layers, False, n * (4 * c + 2 * c)),
         ),
         linear(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.gpu.config import LinearTiles
-from kernels.layout import VOCAB_TILE
+from kernels.layout import MOMENT_PART, VOCAB_TILE
 
 KIB = 1024
 ROWS, OUTPUTS, WARPS, STAGES = (16, 32, 64), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5)
@@ -45,10 +45,13 @@ def candidates(
 ) -> list[LinearTiles]:
     """At most ``limit`` configurations for a weight [num_outputs, depth] of the operation ``name``, likely ones first.
 
-    The output head keeps maxima of tiles of VOCAB_TILE, and a tile of the joint projection must lie in the queries, the
-    keys or the values. An equal share of each row tile is kept: which of them wins depends on the number of rows.
+    The output head keeps maxima of tiles of VOCAB_TILE, a tile of the joint projection must lie in the queries, the
+    keys or the values, and one that leaves moments holds whole parts. An equal share of each row tile is kept: which
+    of them wins depends on the number of rows.
     """
     outputs_allowed = [VOCAB_TILE] if name == "lm_head" else list(OUTPUTS)
+    if name in ("attn_proj", "mlp_proj"):
+        outputs_allowed = [outputs for outputs in OUTPUTS if outputs % MOMENT_PART == 0]
     if name == "layer_norm_qkv":
         outputs_allowed = [outputs for outputs in OUTPUTS if num_outputs // 3 % outputs == 0]
     depths = (32, 64) if dtype == torch.float32 else (64, 128, 256)

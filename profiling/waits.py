@@ -253,8 +253,9 @@ def draw_launches(num_rows: int, top_k: int = 50, top_p: float = 1.0, num_childr
     logits = torch.empty(num_rows, tiles * VOCAB_TILE, dtype=torch.bfloat16, device="meta")[:, :VOCAB]
     positions = torch.empty(num_rows, dtype=torch.int32, device="meta")
     maxima = torch.empty(num_rows, tiles, dtype=torch.float32, device="meta")
+    sampling = Sampling(True, gpu.new_seed(7, "meta"), 1.0, top_k, top_p, 0.0)
     with record("sm_90") as recorded:
-        gpu.draw(logits, positions, Sampling(True, 7, 1.0, top_k, top_p, 0.0), num_children, tile_maxima=maxima)
+        gpu.draw(logits, positions, sampling, num_children, tile_maxima=maxima)
     return recorded
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.layout import VOCAB_TILE
+from kernels.layout import MOMENT_PART, VOCAB_TILE
 from kernels.reference import path_slots
 from model.gpt2 import Query
 from model.kv_cache import PagedKVCache
@@ -84,11 +84,13 @@ class Inputs(NamedTuple):
     fc_bias: torch.Tensor  # [inner]
     proj_weight: torch.Tensor  # [C, inner]
     proj_bias: torch.Tensor  # [C]
+    moments: torch.Tensor  # float32 [N, 2, P], NaN, to be written
 
     def rows(self, rows: torch.Tensor) -> "Inputs":
         """The same pass with these rows alone, in this order."""
         query = permuted(self.query, rows)
-        return self._replace(query=query, q=self.q[rows], x=self.x[rows], hidden=self.hidden[rows])
+        columns = ("q", "x", "hidden", "moments")
+        return self._replace(query=query, **{name: getattr(self, name)[rows] for name in columns})
 
 
 def in_float64(inputs: Inputs) -> Inputs:
@@ -181,6 +183,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, cache: PagedKVCache, query: Query,
         fc_bias=normal(shape.inner),
         proj_weight=normal(width, shape.inner, scale=shape.inner**-0.5),
         proj_bias=normal(width),
+        moments=torch.full((n, 2, -(-width // MOMENT_PART)), float("nan"), device=DEVICE),
     )
 
 
@@ -195,6 +198,7 @@ ARGUMENTS: dict[str, Callable[[ModuleType, Inputs], dict[str, Any]]] = {
         "positions": i.query.positions,
         "wte": i.wte,
         "wpe": i.wpe,
+        "moments": i.moments.clone(),
     },
     "route": lambda ops, i: {
         "page_table": i.page_table,
@@ -232,6 +236,7 @@ ARGUMENTS: dict[str, Callable[[ModuleType, Inputs], dict[str, Any]]] = {
         "weight": i.proj_weight,
         "bias": i.proj_bias,
         "residual": i.x,
+        "moments": i.moments.clone(),
     },
     "lm_head": lambda ops, i: {
         **_norm(i),
@@ -239,7 +244,12 @@ ARGUMENTS: dict[str, Callable[[ModuleType, Inputs], dict[str, Any]]] = {
         "tile_maxima": torch.empty(len(i.x), -(-len(i.wte) // VOCAB_TILE), dtype=torch.float32, device=i.x.device),
     },
 }
-_WRITTEN = {"layer_norm_qkv": ("k_cache", "v_cache"), "lm_head": ("tile_maxima",)}
+_WRITTEN = {
+    "embed": ("moments",),
+    "layer_norm_qkv": ("k_cache", "v_cache"),
+    "linear_residual": ("moments",),
+    "lm_head": ("tile_maxima",),
+}
 
 
 def _norm(i: Inputs) -> dict[str, Any]:

@@ -11,17 +11,19 @@ from transformers.generation.logits_process import (
 )
 
 from kernels.layout import Sampling
+from kernels.reference import new_seed
+from tests.interpreter import DEVICE
 
 P_VALUE = 1e-4  # a right implementation fails a test of law about once in 10,000 choices of its fixed seed
 
-GREEDY = Sampling(noise=False, seed=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+GREEDY = Sampling(noise=False, seed=new_seed(0, DEVICE), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
 def sampled(
     seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Sampling:
     """A sampled draw with every filter off unless named."""
-    return Sampling(True, seed, temperature, top_k, top_p, min_p)
+    return Sampling(True, new_seed(seed, DEVICE), temperature, top_k, top_p, min_p)
 
 
 def hugging_face_scores(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from kernels.layout import DEPTH_LIMIT
 from kernels.reference import gumbel_noise
-from kernels.reference.forward import _ACTIVATIONS, _elementwise
+from kernels.reference.linear import _ACTIVATIONS, _elementwise
 from model.gpt2 import GPT2, Query
 from tests.helpers import (
     LENGTHS,

@@ -57,6 +57,7 @@ TENSORS = [
     *(("verify_and_commit", f"progress.{name}", name) for name in ("reach", "record")),
     *(("verify_and_commit", f"chain.{name}", name) for name in ("node_slots", "cached")),
     ("lookup_nodes", "nodes", "nodes"),
+    ("lookup_nodes", "sampling.seed", "seed"),
     *(("lookup_nodes", f"table.{name}", name) for name in ("keys", "rows", "tokens", "log_probs", "log_rest")),
     *(("lookup_nodes", f"recent.{name}", "recent") for name in ("keys", "tokens", "log_probs", "log_rest")),
     *(("learn", name, name) for name in ("nodes", "children", "log_probs")),

@@ -71,6 +71,8 @@ def refused(message: str, op: str, arguments: dict) -> None:
         ("tree_attention", "v_cache"),
         ("linear_residual", "weight"),
         ("linear_residual", "residual"),
+        ("linear_residual", "moments"),
+        ("embed", "moments"),
         ("lm_head", "tile_maxima"),
     ],
 )

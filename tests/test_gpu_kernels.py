@@ -128,8 +128,8 @@ def test_rows_of_a_prefill(shape, dtype):
     given = prefill_pass(shape, dtype, 20, 256, page_size=1)
     fewer = given.rows(torch.arange(129))
     for op in ("layer_norm_linear", "tree_attention", "linear_residual"):
-        (whole,), (part,) = run(gpu, op, given), run(gpu, op, fewer)
-        assert same_bits(part, whole[:129]), op
+        for whole, part in zip(run(gpu, op, given), run(gpu, op, fewer), strict=True):
+            assert same_bits(part, whole[:129]), op
 
 
 # A depth of 192 is 12 steps of 16: 5, 7 and 8 splits are uneven, 13 and 16 leave some of them nothing to do.
@@ -228,11 +228,30 @@ def test_nan_reaches_its_readers(positions, cache):
 
 @DTYPES
 def test_wide_embedding(dtype):
-    """A row of GPT-2 XL, which takes two programs; sums of two values round once, so the bits are the twin's."""
+    """A row of GPT-2 XL, 1600 wide, no power of two; sums of two values round once, so the bits are the twin's."""
     tokens, positions = (torch.tensor(ids, dtype=torch.int32, device=DEVICE) for ids in ([96, 0, 5], [0, 40, 7]))
     wte, wpe = normal(97, 1600, dtype=dtype), normal(41, 1600, dtype=dtype)
     x = gpu.embed(tokens, positions, wte, wpe)
     assert torch.equal(x.cpu(), reference.embed(tokens.cpu(), positions.cpu(), wte.cpu(), wpe.cpu()))
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [64, 192, 1600])
+def test_moments_left_behind_are_those_taken(width, dtype):
+    """A layer norm with moments that the layer before left gives what it gives with those it takes itself, and reads
+    them: with moments of other rows it gives something else."""
+    x = (3 + normal(5, width, dtype=dtype)).contiguous()
+    ones, eye = x.new_ones(width), torch.eye(width, dtype=dtype, device=DEVICE)
+    arguments = (x, ones, torch.zeros_like(ones), EPS, eye, None, None)
+    taken = gpu.layer_norm_linear(*arguments)
+    left = gpu.new_moments(5, width, x.device).fill_(float("nan"))
+    zero = x.new_zeros(width, width)
+    assert torch.equal(gpu.linear_residual(x, zero, x.new_zeros(width), x, left), x)
+    assert_near(gpu.layer_norm_linear(*arguments, left), taken, dtype)
+    other = gpu.layer_norm_linear(*arguments, left.roll(1, 0).contiguous())
+    assert (other - taken).abs().max() > 1e-2
+    assert_near(taken, F.layer_norm(x.double(), (width,), eps=EPS), dtype)
+    assert reference.new_moments(5, width, x.device) is None, "the twin takes its own"
 
 
 @DTYPES

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from kernels import gpu, reference
-from kernels.gpu.noise import gumbel, philox_word, seed_words
+from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.layout import Sampling
-from kernels.reference import gumbel_noise
+from kernels.reference import gumbel_noise, new_seed
 from tests.draws import TAU, assert_values
 from tests.gpu_helpers import REAL_SHAPE
 from tests.interpreter import DEVICE, INTERPRETING
@@ -30,19 +30,19 @@ def _gumbel_kernel(words_ptr, noise_ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _philox_kernel(tokens_ptr, positions_ptr, words_ptr, seed_low, seed_high, SIZE: tl.constexpr):
+def _philox_kernel(tokens_ptr, positions_ptr, seed_ptr, words_ptr, SIZE: tl.constexpr):
     """Grid (any,): the word of each token at its position, as int32 bits."""
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    word = philox_word(seed_low, seed_high, tl.load(tokens_ptr + at), tl.load(positions_ptr + at))
+    word = philox_word(load_seed(seed_ptr), tl.load(tokens_ptr + at), tl.load(positions_ptr + at))
     tl.store(words_ptr + at, word.to(tl.int32, bitcast=True))
 
 
-def _in_blocks(kernel, columns: list[torch.Tensor], dtype: torch.dtype, *seed: int) -> torch.Tensor:
+def _in_blocks(kernel, columns: list[torch.Tensor], dtype: torch.dtype, *shared: torch.Tensor) -> torch.Tensor:
     """What ``kernel`` gives for int32 ``columns``; padded to whole blocks, which are large where programs are slow."""
     count, size = len(columns[0]), 2**16 if INTERPRETING else 1024
     columns = [F.pad(column.to(DEVICE), (0, -count % size)) for column in columns]
     out = torch.empty(len(columns[0]), dtype=dtype, device=DEVICE)
-    kernel[(len(out) // size,)](*columns, out, *seed, SIZE=size)
+    kernel[(len(out) // size,)](*columns, *shared, out, SIZE=size)
     return out[:count].cpu()
 
 
@@ -54,7 +54,7 @@ def noise_of(words: torch.Tensor) -> torch.Tensor:
 def words_of(seed: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The kernel's Philox words, int64."""
     columns = [tokens.int(), positions.int()]
-    return _in_blocks(_philox_kernel, columns, torch.int32, *seed_words(seed).values()).long() & 0xFFFFFFFF
+    return _in_blocks(_philox_kernel, columns, torch.int32, new_seed(seed, DEVICE)).long() & 0xFFFFFFFF
 
 
 def as_int32(words: torch.Tensor) -> torch.Tensor:

@@ -177,6 +177,8 @@ def test_ties_that_the_temperature_makes():
         ("logits must be floats in rows of stride 1, got torch.float32, strides", {"logits": torch.zeros(111, 2).t()}),
         (r"positions must have shape \[2\], got \[3\]", {"positions": torch.zeros(3, dtype=torch.int32)}),
         ("positions must be of torch.int32, got torch.int64", {"positions": torch.zeros(2, dtype=torch.int64)}),
+        (r"seed must have shape \[2\], got \[1\]", {"sampling": GREEDY._replace(seed=GREEDY.seed[:1])}),
+        ("seed must be of torch.int32, got torch.int64", {"sampling": GREEDY._replace(seed=GREEDY.seed.long())}),
         ("num_children must be at most 64, got 65", {"num_children": 65}),
         (r"log_probs must have shape \[2\], got \[1\]", {"log_probs": torch.zeros(1)}),
         (r"child_log_probs must have shape \[2, 4\], got \[2, 3\]", {"child_log_probs": torch.zeros(2, 3)}),

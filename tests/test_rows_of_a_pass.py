@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.layout import RECORD, RUNNING
+from kernels.layout import EOS_CAPACITY, RECORD, RUNNING
 from tests.worked_iteration import CONTEXT, DRAFT, Pass, has, home, int32, pass_rows, state
 
 pytestmark = pytest.mark.usefixtures("hostile_scratch")
@@ -13,11 +13,11 @@ pytestmark = pytest.mark.usefixtures("hostile_scratch")
 
 def test_new_progress(ops):
     progress = ops.new_progress([5, 6, 7], 9, 4, [2**30, 5, 20], (3, 8), home(ops))
-    assert progress.text.tolist() == [5, 6, 7, 0, 0, 0, 0, 0, 0, 0]
+    assert progress.text.tolist() == [5, 6, 7] + [0] * 18
     assert progress.length.tolist() == [3] and progress.end.tolist() == [9]
     assert progress.reach[:, 0].tolist() == [3, 2, 4], "a node's child is one deeper; 5 positions end 2 below the root"
     assert progress.contexts.tolist() == [2**30, 5, 20] and progress.max_depth.tolist() == [4]
-    assert progress.eos.tolist() == [3, 8] and progress.state.tolist() == [RUNNING]
+    assert progress.eos.tolist() == [3, 8] + [-1] * (EOS_CAPACITY - 2) and progress.state.tolist() == [RUNNING]
     assert progress.record.tolist() == [0] * RECORD
     assert {column.dtype for column in progress} == {torch.int32}
 
@@ -36,13 +36,29 @@ def test_reach_at_the_start(end, contexts, reach):
 
 
 def test_no_eos_is_no_token():
-    assert reference.new_progress([5], 9, 4, [9], ()).eos.tolist() == [-1]
+    assert reference.new_progress([5], 9, 4, [9], ()).eos.tolist() == [-1] * EOS_CAPACITY
+
+
+def test_shapes_do_not_depend_on_the_generation():
+    """What a captured iteration is to find in place: one shape for every prompt, length and usual number of eos ids."""
+    states = [
+        reference.new_progress(prompt, end, 8, [99, 50], eos)
+        for prompt, end, eos in (([1], 2, ()), ([5] * 50, 51, (3,)), ([5, 6], 40, tuple(range(EOS_CAPACITY))))
+    ]
+    assert len({tuple(column.shape for column in state) for state in states}) == 1
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1, 2**32, 2**63 + 11, 2**64 - 1])
+def test_seed_words(seed, ops):
+    words = ops.new_seed(seed, home(ops))
+    assert words.dtype == torch.int32 and words.shape == (2,)
+    assert reference.seed_number(words) == seed
 
 
 def test_prompt_that_fills_the_context():
     """The last token of the context has no position after it: the text holds one more token than positions."""
     progress = reference.new_progress([5] * 8, 9, 4, [8], ())
-    assert len(progress.text) == 10 and progress.reach[:, 0].tolist() == [0]
+    assert len(progress.text) == 9 and progress.reach[:, 0].tolist() == [0]
 
 
 def test_new_chain(ops):

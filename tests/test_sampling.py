@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from kernels.reference import draw, gumbel_noise, philox
+from kernels.reference import draw, gumbel_noise, new_seed, philox
 from kernels.reference import sampling as specification
 from tests.laws import GREEDY, P_VALUE, clear_rows, hugging_face_scores, sampled
 
@@ -220,7 +220,8 @@ def test_top_p_orders_ties_by_id_among_the_candidates_of_top_k():
 def test_draw_is_the_argmax_of_filtered_scores_and_noise(vocab_size, sampling):
     """Over the whole vocabulary, with Hugging Face's processed scores and the noise of every token (greedy: none)."""
     logits = random_logits(200 if vocab_size < 1000 else 40, vocab_size, seed=1)
-    clear, positions, sampling = clear_rows(logits, sampling), positions_of(logits), sampling._replace(seed=77)
+    clear, positions = clear_rows(logits, sampling), positions_of(logits)
+    sampling = sampling._replace(seed=new_seed(77))
     noise = gumbel_noise(77, positions[:, None], torch.arange(vocab_size)) * sampling.noise
     expected = (hugging_face_scores(logits, sampling) + noise).argmax(1)
     assert torch.equal(draw(logits, positions, sampling)[0][clear], expected[clear].int())
@@ -311,7 +312,7 @@ def test_row_does_not_depend_on_its_neighbours(sampling):
 @each_vocab_size
 def test_children_are_ranked_by_the_noise_conditioned_softmax(vocab_size, sampling):
     """The first child is the drawn token; edges are log softmax((scores + noise) / tau), checked in float64."""
-    logits, tau, sampling = random_logits(20, vocab_size, seed=2), 0.85, sampling._replace(seed=3)
+    logits, tau, sampling = random_logits(20, vocab_size, seed=2), 0.85, sampling._replace(seed=new_seed(3))
     positions = positions_of(logits)
     tokens, children, edges = draw(logits, positions, sampling, num_children=5, tau=tau)
     assert children.shape == edges.shape == (20, min(5, vocab_size))

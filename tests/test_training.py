@@ -1,5 +1,6 @@
 """The code that made the bundled models: what becomes training text, and that training learns, in miniature."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -50,6 +51,27 @@ def test_held_out_files_depend_on_content_alone(tmp_path):
     one, other = (corpus.collect(corpus.directory_sources(folder)) for folder in folders)
     assert sorted(one.heldout) == sorted(other.heldout) and 1 <= len(one.heldout) <= 20
     assert not set(one.train) & set(one.heldout)
+
+
+def test_files_that_hold_a_line_of_an_evaluation_set_are_left_out(tmp_path):
+    """A long line of a prompt betrays a file wherever it stands; short lines, which anyone writes, do not."""
+    telling = "def has_close_elements(numbers: List[float], threshold: float) -> bool:"
+    rows = [{"prompt": f"import os\n\n\n{telling}\n    return None\n"}, {"prompt": "def short(x):\n"}]
+    problems = tmp_path / "problems.jsonl.gz"
+    problems.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    excluded = corpus.telling_lines(problems)
+    assert excluded == {telling}
+    files = {
+        "clean": BODY + "import os\n",
+        "leak": f"class A:\n    {telling}\n        pass\n",
+        "other": source("name_11"),
+    }
+    folder = write(tmp_path / "text", **files, held=source("name_50"))
+    sources = corpus.directory_sources(folder)
+    everything, rest = corpus.collect(sources), corpus.collect(sources, excluded=excluded)
+    assert everything.num_excluded == 0 and rest.num_excluded == 1
+    left_out = set(everything.train + everything.heldout) - set(rest.train + rest.heldout)
+    assert left_out == {files["leak"]}
 
 
 def test_too_little_text_is_refused(tmp_path):
@@ -115,6 +137,38 @@ def test_training_learns_and_a_student_follows_its_teacher(tmp_path):
     student = training.Trainer(replace(CONFIG, teacher_share=1.0, seed=1), ids, teacher.model, compiled=False)
     *_, row = run(student, tmp_path / "student")
     assert row["heldout_loss"] < 0.6 * np.log(50)
+
+
+def test_gradients_of_several_passes_are_those_of_one():
+    """``tokens_per_pass`` bounds memory and changes nothing else, up to the order of sums; the last may be smaller."""
+    trainers = [
+        training.Trainer(replace(CONFIG, tokens_per_pass=size), periodic_ids(0), compiled=False) for size in (0, 48)
+    ]
+    losses = [[trainer.train_step() for _ in range(3)] for trainer in trainers]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_a_deeper_model_begins_as_the_one_it_starts_from():
+    """The same logits, with weights that repeat and can learn at once; other sizes are refused."""
+    small = training.Trainer(replace(CONFIG, layers=2), periodic_ids(0), compiled=False)
+    for _ in range(10):
+        small.train_step()
+    deep = training.Trainer(replace(CONFIG, layers=5), periodic_ids(0), compiled=False, start=small.model)
+    tokens = torch.from_numpy(periodic_ids(1)[:64].astype(np.int64))[None]
+    torch.testing.assert_close(deep.model(tokens).logits, small.model(tokens).logits)
+    layers, given = deep.model.transformer.h, small.model.transformer.h
+    origins = [0, 0, 0, 1, 1]
+    assert all(torch.equal(layer.mlp.c_fc.weight, given[i].mlp.c_fc.weight) for layer, i in zip(layers, origins))  # noqa: B905
+    deep.train_step()
+    assert all(layer.mlp.c_proj.weight.abs().max() > 0 for layer in layers), "a copy that adds nothing learns nothing"
+    for field, value in (("width", 128), ("context", 32), ("layers", 1)):
+        with pytest.raises(ValueError, match="the model to start from has"):
+            training.Trainer(replace(CONFIG, **{field: value}), periodic_ids(0), compiled=False, start=small.model)
+
+
+def test_operations_of_a_token_by_hand():
+    """One layer of width 64, 50 tokens, windows of 16: 6 (12 * 64^2 + 50 * 64) + 12 * 64 * 16."""
+    assert training.Trainer(CONFIG, periodic_ids(0), compiled=False).flops_per_token == 326_400
 
 
 def test_the_budget_in_minutes_ends_a_run(tmp_path):
@@ -223,6 +277,7 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     origins = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("draft2", "draft2_text")]
     assert origins[0]["estimated_from"] == "text that draft wrote at temperature 1.5"
     assert origins[1]["estimated_from"] == "text" and origins[0]["tokens"] < origins[1]["tokens"]
+    assert json.loads((tmp_path / "oracle" / "config.json").read_text())["eos_token_id"] == 0, "that of the tokenizer"
     decoder = StagedDecoder.from_pretrained(oracle, draft, draft2)
     prompt = "def name_1_2(argument):"
     outs = [decoder.generate(prompt, 12, method=method, ignore_eos=True) for method in ("baseline", "staged")]

@@ -13,17 +13,23 @@ from kernels.gpu.forward import (
 )
 from kernels.gpu.launch import interpreting
 from kernels.gpu.lookup import learn, lookup_nodes
+from kernels.gpu.moments import new_moments
 from kernels.gpu.route import embed, route
 from kernels.gpu.rows import stage_rows
 from kernels.gpu.sampling import draw
 from kernels.gpu.tree import insert_children, select_nodes
 from kernels.gpu.verify import verify_and_commit
-from kernels.reference import new_chain, new_progress, new_recent, new_tree
+from kernels.reference import new_chain, new_progress, new_recent, new_seed, new_tree
 
 
 def state_device(device: torch.device) -> torch.device:
     """Where trees, progress and chains live for a model on ``device``: beside it."""
     return device
+
+
+def capturable(device: torch.device) -> bool:
+    """Whether an iteration on ``device`` can be captured in a CUDA graph: shapes are fixed, the host reads nothing."""
+    return device.type == "cuda"
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
@@ -33,6 +39,7 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
 
 __all__ = [
     "PREFILL_ROWS",
+    "capturable",
     "draw",
     "embed",
     "insert_children",
@@ -43,9 +50,11 @@ __all__ = [
     "linear_residual",
     "lm_head",
     "lookup_nodes",
+    "new_moments",
     "new_chain",
     "new_progress",
     "new_recent",
+    "new_seed",
     "new_tile_maxima",
     "new_tree",
     "packed",

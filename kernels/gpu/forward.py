@@ -24,10 +24,11 @@ def layer_norm_linear(
     weight: torch.Tensor,  # [M, C]
     bias: torch.Tensor | None,  # [M]
     activation: str | None = None,  # None, "gelu_tanh", "gelu"
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of x
 ) -> torch.Tensor:
-    """activation(layer_norm(x) @ weight.T + bias) -> [N, M]."""
-    out = x.new_empty(len(x), len(weight))
-    return linear(x, weight, out, bias=bias, norm=(norm_weight, norm_bias, eps), activation=activation)
+    """activation(layer_norm(x) @ weight.T + bias) -> [N, M]. Without ``moments``, one launch more takes them."""
+    out, norm = x.new_empty(len(x), len(weight)), (norm_weight, norm_bias, eps)
+    return linear(x, weight, out, bias=bias, norm=norm, moments=moments, activation=activation)
 
 
 def layer_norm_qkv(
@@ -40,6 +41,7 @@ def layer_norm_qkv(
     k_cache: torch.Tensor,  # [slots, H, D], written
     v_cache: torch.Tensor,  # [slots, H, D], written
     route: Route,
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of x
 ) -> torch.Tensor:
     """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
     num_rows, width = x.shape
@@ -52,7 +54,7 @@ def layer_norm_qkv(
         raise ValueError(f"x has {num_rows} rows, the route is for {len(route.slot_mapping)}")
     q = x.new_empty(num_rows, heads, dim)
     scatter = (k_cache, v_cache, route.slot_mapping)
-    linear(x, weight, q, bias=bias, norm=(norm_weight, norm_bias, eps), scatter=scatter)
+    linear(x, weight, q, bias=bias, norm=(norm_weight, norm_bias, eps), moments=moments, scatter=scatter)
     return q
 
 
@@ -81,9 +83,15 @@ def tree_attention(
     return attention.tree_attention(q, k_cache, v_cache, out, route, scale)
 
 
-def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """residual [N, M] + x [N, K] @ weight [M, K].T + bias [M] -> [N, M]."""
-    return linear(x, weight, torch.empty_like(residual), bias=bias, residual=residual)
+def linear_residual(
+    x: torch.Tensor,  # [N, K]
+    weight: torch.Tensor,  # [M, K]
+    bias: torch.Tensor,  # [M]
+    residual: torch.Tensor,  # [N, M]
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
+) -> torch.Tensor:
+    """residual + x @ weight.T + bias -> [N, M]; leaves the moments that the next layer norm needs."""
+    return linear(x, weight, torch.empty_like(residual), bias=bias, residual=residual, out_moments=moments)
 
 
 def lm_head(
@@ -95,6 +103,8 @@ def lm_head(
     tile_maxima: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Final layer norm and projection to the vocabulary: x [N, C], weight [V, C] -> logits [N, V] in x's dtype.
+
+    Two launches: rows that were picked from a pass have no moments.
 
     ``tile_maxima`` float32 [N, cdiv(V, VOCAB_TILE)], if given, receives the largest logit of each tile of the row.
     """

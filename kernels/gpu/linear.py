@@ -4,8 +4,8 @@
 
 prologue: nothing or layer norm; epilogue: bias, GELU, residual, scatter of keys and values into the paged cache, or the
 maximum of each tile of the vocabulary. With one row a pass reads M * K weights and next to nothing else, so it is bound
-by memory, and up to about 100 rows the product costs nothing on top. The layer norm does: every program computes the
-moments of all rows before its first product, which the cost model puts at twice the time of a pass of 64 rows.
+by memory, and up to about 100 rows the product costs nothing on top. A layer norm finds its moments left behind by the
+layer that wrote the rows (``kernels.gpu.moments``); one with a residual leaves those of its own rows.
 
 One binary serves every N (``num_rows`` is never specialised on): the row tile is padded, the loop over K is serial, and
 where M alone would leave multiprocessors idle, K is cut into a fixed number of splits. Each split leaves its sum in
@@ -22,7 +22,8 @@ import triton.language as tl
 from kernels.gpu.arrival import arrive
 from kernels.gpu.config import LinearTiles, linear_tiles, prefill_tiles
 from kernels.gpu.launch import FLOATS, architecture, arrivals, is_amd, launch, require
-from kernels.layout import MAX_ROWS, VOCAB_TILE
+from kernels.gpu.moments import load_moments, row_moments, store_moments
+from kernels.layout import MAX_ROWS, MOMENT_PART, VOCAB_TILE
 
 _ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2}
 
@@ -38,50 +39,6 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _moments(x_ptr, first, num_rows, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and 1 / standard deviation of ROWS rows: two passes inside a chunk, chunks merged in order (Chan)."""
-    mean = tl.zeros((ROWS,), tl.float32)
-    square = tl.zeros((ROWS,), tl.float32)
-    if first < num_rows:
-        offs_row = first + tl.arange(0, ROWS)
-        mask_row = offs_row < num_rows
-        offs_k = tl.arange(0, BLOCK)
-        for start in range(0, K, BLOCK):
-            mask_k = start + offs_k < K
-            mask = mask_row[:, None] & mask_k[None, :]
-            x = tl.load(x_ptr + offs_row[:, None] * K + (start + offs_k)[None, :], mask=mask, other=0.0)
-            x = x.to(tl.float32)
-            count = tl.minimum(K - start, BLOCK).to(tl.float32)
-            chunk_mean = tl.sum(x, 1) / count
-            centred = tl.where(mask_k[None, :], x - chunk_mean[:, None], 0.0)
-            share = count / (start + count)
-            delta = chunk_mean - mean
-            mean += delta * share
-            square += tl.sum(centred * centred, 1) + delta * delta * start * share
-    return mean, tl.rsqrt(square / K + EPS)
-
-
-@triton.jit
-def _four(a, b, c, d, SIZE: tl.constexpr):
-    """The concatenation of four vectors [SIZE]."""
-    joined = tl.join(tl.join(a, b), tl.join(c, d))  # [SIZE, 2, 2], [i, j, k] from vector 2 k + j
-    return tl.reshape(tl.permute(joined, (2, 1, 0)), (4 * SIZE,))
-
-
-@triton.jit
-def _tile_moments(x_ptr, first, num_rows, ROWS: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """``_moments`` of a row tile; of 64 rows, quarters without a live row cost nothing."""
-    if ROWS == 64:
-        mean_0, scale_0 = _moments(x_ptr, first, num_rows, 16, K, EPS, BLOCK)
-        mean_1, scale_1 = _moments(x_ptr, first + 16, num_rows, 16, K, EPS, BLOCK)
-        mean_2, scale_2 = _moments(x_ptr, first + 32, num_rows, 16, K, EPS, BLOCK)
-        mean_3, scale_3 = _moments(x_ptr, first + 48, num_rows, 16, K, EPS, BLOCK)
-        return _four(mean_0, mean_1, mean_2, mean_3, 16), _four(scale_0, scale_1, scale_2, scale_3, 16)
-    else:
-        return _moments(x_ptr, first, num_rows, ROWS, K, EPS, BLOCK)
-
-
-@triton.jit
 def _finish(
     acc,  # float32 [BLOCK_ROWS, BLOCK_OUT]
     bias_ptr,
@@ -91,6 +48,7 @@ def _finish(
     v_cache_ptr,
     slot_mapping_ptr,
     tile_maxima_ptr,
+    out_moments_ptr,
     offs_row,  # int64 [BLOCK_ROWS]
     mask_row,
     tile,
@@ -98,6 +56,7 @@ def _finish(
     OUT_STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    PART: tl.constexpr,
 ):
     """The epilogue: everything after the product of one tile."""
     column = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -126,6 +85,9 @@ def _finish(
                 tl.store(v_cache_ptr + target, y, mask=mask_slot)
     else:
         tl.store(out_ptr + offs_row[:, None] * OUT_STRIDE + column[None, :], y, mask=mask)
+    if out_moments_ptr is not None:
+        first = tile * (BLOCK_OUT // PART)
+        store_moments(out_moments_ptr, y.to(tl.float32), first, offs_row, mask_row, M, tl.cdiv(M, PART), PART)
     if tile_maxima_ptr is not None:
         logits = tl.where(mask_out[None, :], y.to(tl.float32), float("-inf"))
         is_nan = tl.max((logits != logits).to(tl.int32), 1) > 0  # a maximum alone would drop it
@@ -146,6 +108,8 @@ def _linear_kernel(
     v_cache_ptr,  # [slots, M // 3] or None
     slot_mapping_ptr,  # int32 [N], -1 = nowhere, or None
     tile_maxima_ptr,  # float32 [N, cdiv(M, BLOCK_OUT)] or None
+    moments_ptr,  # float32 [N, 2, cdiv(K, PART)] of x, or None: no layer norm
+    out_moments_ptr,  # float32 [N, 2, cdiv(M, PART)], written, or None
     partial_ptr,  # float32 [SPLITS, N, M] or None
     arrivals_ptr,  # int32 [row tiles * output tiles], zero before and after, or None
     num_rows,  # N
@@ -158,6 +122,8 @@ def _linear_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     AMD: tl.constexpr,
 ):
     """Grid (row tiles, output tiles, SPLITS): [BLOCK_ROWS, BLOCK_OUT] outputs over one split of K.
@@ -172,8 +138,7 @@ def _linear_kernel(
     mask_out = column < M
     offs_k = tl.arange(0, BLOCK_K)
     if norm_weight_ptr is not None:
-        first = row_tile.to(tl.int64) * BLOCK_ROWS
-        mean, scale = _tile_moments(x_ptr, first, num_rows, BLOCK_ROWS, K, EPS, BLOCK_K)
+        mean, scale = load_moments(moments_ptr, offs_row, mask_row, K, tl.cdiv(K, PART), PART, BLOCK_PARTS, EPS)
 
     STEPS: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
@@ -216,6 +181,7 @@ def _linear_kernel(
         v_cache_ptr,
         slot_mapping_ptr,
         tile_maxima_ptr,
+        out_moments_ptr,
         offs_row,
         mask_row,
         tile,
@@ -223,6 +189,7 @@ def _linear_kernel(
         OUT_STRIDE,
         ACTIVATION,
         BLOCK_OUT,
+        PART,
     )
 
 
@@ -233,10 +200,12 @@ def linear(
     *,
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # weight [K], bias [K], eps
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P] of x, for ``norm``; None = taken here, one launch more
     activation: str | None = None,
     residual: torch.Tensor | None = None,  # [N, M]
     scatter: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,  # K and V caches [slots, H, D], slots [N]
     tile_maxima: torch.Tensor | None = None,  # float32 [N, M / VOCAB_TILE], written
+    out_moments: torch.Tensor | None = None,  # float32 [N, 2, P] of out, written
     tiles: LinearTiles | None = None,  # None = the architecture's own
 ) -> torch.Tensor:
     """Launch one fused linear layer into ``out``; the operations of the forward pass are calls of this.
@@ -253,6 +222,8 @@ def linear(
     if norm is not None:
         require("norm_weight", norm_weight, (depth,), dtype, device)
         require("norm_bias", norm_bias, (depth,), dtype, device)
+    if moments is not None:
+        require("moments", moments, (num_rows, 2, triton.cdiv(depth, MOMENT_PART)), torch.float32, device)
     if residual is not None:
         require("residual", residual, (num_rows, num_outputs), dtype, device)
     if activation not in _ACTIVATIONS:
@@ -276,6 +247,12 @@ def linear(
         if tiles.outputs != VOCAB_TILE:
             raise ValueError(f"tile_maxima need tiles of {VOCAB_TILE} outputs, got {tiles.outputs}")
         require("tile_maxima", tile_maxima, (num_rows, triton.cdiv(num_outputs, VOCAB_TILE)), torch.float32, device)
+    if out_moments is not None:
+        if tiles.outputs % MOMENT_PART:
+            raise ValueError(f"moments need tiles of a multiple of {MOMENT_PART} outputs, got {tiles.outputs}")
+        require("moments", out_moments, (num_rows, 2, triton.cdiv(num_outputs, MOMENT_PART)), torch.float32, device)
+    if norm is not None and moments is None:
+        moments = row_moments(x)
     k_cache, v_cache, slots = scatter or (None, None, None)
     grid = (triton.cdiv(num_rows, tiles.rows), triton.cdiv(num_outputs, tiles.outputs), tiles.splits)
     partial = counters = None
@@ -297,6 +274,8 @@ def linear(
             "v_cache_ptr": v_cache,
             "slot_mapping_ptr": slots,
             "tile_maxima_ptr": tile_maxima,
+            "moments_ptr": moments,
+            "out_moments_ptr": out_moments,
             "partial_ptr": partial,
             "arrivals_ptr": counters,
             "num_rows": num_rows,
@@ -307,6 +286,8 @@ def linear(
             "OUT_STRIDE": out.stride(0),
             "EPS": eps,
             "ACTIVATION": _ACTIVATIONS[activation],
+            "PART": MOMENT_PART,
+            "BLOCK_PARTS": triton.next_power_of_2(triton.cdiv(depth, MOMENT_PART)),
             "AMD": is_amd(),
             "BLOCK_ROWS": tiles.rows,
             "BLOCK_OUT": tiles.outputs,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import launch, require
-from kernels.gpu.noise import gumbel, philox_word, seed_words
+from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.gpu.order import first
 from kernels.gpu.tree import require_progress, require_tree
 from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
@@ -29,7 +29,7 @@ def _previous(node, live, tree_tokens_ptr, parents_ptr, text_ptr, length):
     return tl.load(tree_tokens_ptr + parent, mask=live & (parent >= 0), other=before_root).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "tau", "num_buckets", "num_recent"])
+@triton.jit(do_not_specialize=["temperature", "tau", "num_buckets", "num_recent"])
 def _lookup_kernel(
     nodes_ptr,  # int32 [W], -1 = none
     tree_tokens_ptr,  # int32 [M]
@@ -37,6 +37,7 @@ def _lookup_kernel(
     depths_ptr,  # int32 [M]
     text_ptr,  # int32 [any]
     length_ptr,  # int32 [1]
+    seed_ptr,  # int32 [2]
     keys_ptr,  # int64 [buckets], previous * V + last, -1 empty
     rows_ptr,  # int32 [buckets]
     tokens_ptr,  # int32 [rows, WIDTH]
@@ -48,8 +49,6 @@ def _lookup_kernel(
     recent_log_rest_ptr,  # float32 [recent] or None
     children_ptr,  # int32 [W, CHILDREN], written
     scores_ptr,  # float32 [W, CHILDREN], written
-    seed_low,
-    seed_high,
     temperature,
     tau,
     num_buckets,  # a power of two
@@ -97,7 +96,7 @@ def _lookup_kernel(
         rest = tl.load(recent_log_rest_ptr + slot, mask=is_recent, other=rest)
     if NOISE:
         position = length + tl.load(depths_ptr + node)
-        score = score + gumbel(philox_word(seed_low, seed_high, token, position))
+        score = score + gumbel(philox_word(load_seed(seed_ptr), token, position))
     score = tl.where(exists, score, float("-inf")) / tau
     rest = rest / tau
     largest = tl.maximum(tl.max(score), rest)
@@ -128,6 +127,7 @@ def lookup_nodes(
     require_tree(tree)
     require_progress(progress, device)
     require("nodes", nodes, (None,), torch.int32, device)
+    require("seed", sampling.seed, (2,), torch.int32, device)
     require("keys", table.keys, (None,), torch.int64, device)
     _require_power_of_two("keys", table.keys)
     require("rows", table.rows, (len(table.keys),), torch.int32, device)
@@ -149,6 +149,7 @@ def lookup_nodes(
             "depths_ptr": tree.depths,
             "text_ptr": progress.text,
             "length_ptr": progress.length,
+            "seed_ptr": sampling.seed,
             "keys_ptr": table.keys,
             "rows_ptr": table.rows,
             "tokens_ptr": table.tokens,
@@ -160,7 +161,6 @@ def lookup_nodes(
             "recent_log_rest_ptr": log_rest,
             "children_ptr": children,
             "scores_ptr": scores,
-            **seed_words(sampling.seed),
             "temperature": float(sampling.temperature),
             "tau": float(tau),
             "num_buckets": len(table.keys),

@@ -5,10 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
-def philox_word(seed_low, seed_high, token, position):
+def load_seed(seed_ptr):
+    """The 64-bit seed from its words, int32 [2], low one first: uint64."""
+    low, high = tl.load(seed_ptr).to(tl.uint32, bitcast=True), tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+
+@triton.jit
+def philox_word(seed, token, position):
     """First word of Philox4x32-10 with key ``seed`` and counter (token, position, 0, 0): uint32."""
-    low, high = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
-    seed = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
     zero = tl.zeros_like(token).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, token.to(tl.uint32), zero + position.to(tl.uint32), zero, zero)
     return word
@@ -31,12 +36,3 @@ def gumbel(word):
     series = (series * u + 1.0) * u
     rest = ((0xFFFFFFFF - word).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 1 - u, exact in its fine end
     return -tl.log(tl.where(u < 0.125, series, -tl.log(rest)))
-
-
-def seed_words(seed: int) -> dict[str, int]:
-    """The two halves of a 64-bit seed as signed numbers, so that every seed has arguments of one type."""
-
-    def signed(word: int) -> int:
-        return word - 2**32 if word >= 2**31 else word
-
-    return {"seed_low": signed(seed & 0xFFFFFFFF), "seed_high": signed(seed >> 32)}

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import FLOATS, launch, require
+from kernels.gpu.moments import constants, store_moments
 from kernels.layout import DEPTH_LIMIT, MAX_ROWS, NULL_PAGE, TAIL_ALIGNMENT, TAIL_LANES
 
 
@@ -25,25 +26,37 @@ class Route(NamedTuple):
 def _embed_kernel(
     tokens_ptr,  # int32 [N]
     positions_ptr,  # int32 [N]
-    wte_ptr,  # [V, C]
-    wpe_ptr,  # [P, C]
-    out_ptr,  # [N, C]
-    C: tl.constexpr,
+    wte_ptr,  # [V, WIDTH]
+    wpe_ptr,  # [P, WIDTH]
+    out_ptr,  # [N, WIDTH]
+    moments_ptr,  # float32 [N, 2, PARTS], written, or None
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (N, pieces of C): one piece of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < C
-    token = tl.load(tokens_ptr + row).to(tl.int64)
-    position = tl.load(positions_ptr + row).to(tl.int64)
-    word = tl.load(wte_ptr + token * C + column, mask=mask, other=0.0).to(tl.float32)
-    place = tl.load(wpe_ptr + position * C + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * C + column, (word + place).to(out_ptr.dtype.element_ty), mask=mask)
+    """Grid (N,): one row."""
+    row = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = column < WIDTH
+    token = tl.load(tokens_ptr + row).to(tl.int64)[:, None]
+    position = tl.load(positions_ptr + row).to(tl.int64)[:, None]
+    word = tl.load(wte_ptr + token * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
+    place = tl.load(wpe_ptr + position * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
+    y = (word + place).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * WIDTH + column, y, mask=mask)
+    if moments_ptr is not None:
+        store_moments(moments_ptr, y.to(tl.float32), 0, row, row >= 0, WIDTH, PARTS, PART)
 
 
-def embed(tokens: torch.Tensor, positions: torch.Tensor, wte: torch.Tensor, wpe: torch.Tensor) -> torch.Tensor:
-    """Sum of token and position embeddings: tokens, positions int32 [N], wte [V, C], wpe [P, C] -> [N, C]. One launch.
+def embed(
+    tokens: torch.Tensor,  # int32 [N]
+    positions: torch.Tensor,  # int32 [N]
+    wte: torch.Tensor,  # [V, C]
+    wpe: torch.Tensor,  # [P, C]
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
+) -> torch.Tensor:
+    """Sum of token and position embeddings -> [N, C]. One launch.
 
     Ids are not checked on the device: the caller keeps tokens below V and positions below P.
     """
@@ -52,10 +65,12 @@ def embed(tokens: torch.Tensor, positions: torch.Tensor, wte: torch.Tensor, wpe:
     require("positions", positions, (num_rows,), torch.int32, wte.device)
     require("wte", wte, (None, None), FLOATS, wte.device)
     require("wpe", wpe, (None, width), wte.dtype, wte.device)
+    compiled = constants(width)
+    if moments is not None:
+        require("moments", moments, (num_rows, 2, compiled["PARTS"]), torch.float32, wte.device)
     out = torch.empty(num_rows, width, dtype=wte.dtype, device=wte.device)
-    block = min(1024, triton.next_power_of_2(width))
     arguments = {"tokens_ptr": tokens, "positions_ptr": positions, "wte_ptr": wte, "wpe_ptr": wpe, "out_ptr": out}
-    launch(_embed_kernel, (num_rows, triton.cdiv(width, block)), arguments, {"C": width, "BLOCK": block})
+    launch(_embed_kernel, (num_rows,), {**arguments, "moments_ptr": moments}, compiled)
     return out
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import FLOATS, launch, require
-from kernels.gpu.noise import gumbel, philox_word, seed_words
+from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.gpu.order import best, first, kth_largest, nucleus_cut, order
 from kernels.gpu.sampling_wide import draw_wide_kernel
 from kernels.layout import VOCAB_TILE, Sampling
@@ -45,10 +45,11 @@ def _candidates(value, exists, temperature, top_k, NOISE: tl.constexpr, BITS: tl
         return best(keys, exists, top_k, BITS)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "top_k", "top_p", "log_min_p", "tau"])
+@triton.jit(do_not_specialize=["temperature", "top_k", "top_p", "log_min_p", "tau"])
 def _draw_narrow_kernel(
     logits_ptr,  # [N, V], rows STRIDE apart
     positions_ptr,  # int32 [N]
+    seed_ptr,  # int32 [2]
     tile_maxima_ptr,  # float32 [N, cdiv(V, TILE)]
     tokens_ptr,  # int32 [N], written
     children_ptr,  # int32 [N, CHILDREN], written
@@ -59,8 +60,6 @@ def _draw_narrow_kernel(
     tiles_ptr,  # int32 [N, TILES], scratch
     ids_ptr,  # int32 [N, SLOTS], scratch
     values_ptr,  # float32 [N, SLOTS], scratch
-    seed_low,
-    seed_high,
     temperature,
     top_k,  # survivors; without noise, candidates
     top_p,
@@ -133,7 +132,7 @@ def _draw_narrow_kernel(
         score = tl.where(exists, score, float("-inf"))
     plain = score
     if NOISE:
-        score = score + gumbel(philox_word(seed_low, seed_high, ids, tl.load(positions_ptr + row)))
+        score = score + gumbel(philox_word(load_seed(seed_ptr), ids, tl.load(positions_ptr + row)))
     highest = tl.max(score)
     drawn = first(score == highest, lane, SLOTS)
     drawn_id = tl.sum(tl.where(lane == drawn, ids, 0))
@@ -204,6 +203,7 @@ def draw(
     if width > NARROW_K:
         raise ValueError(f"num_children must be at most {NARROW_K}, got {num_children}")
     require("positions", positions, (num_rows,), torch.int32, device)
+    require("seed", sampling.seed, (2,), torch.int32, device)
     if log_probs is not None:
         require("log_probs", log_probs, (num_rows,), torch.float32, device)
     if child_log_probs is not None:
@@ -215,12 +215,12 @@ def draw(
     arguments = {
         "logits_ptr": logits,
         "positions_ptr": positions,
+        "seed_ptr": sampling.seed,
         "tokens_ptr": tokens,
         "children_ptr": children,
         "edges_ptr": edges,
         "log_probs_ptr": log_probs,
         "child_log_probs_ptr": child_log_probs,
-        **seed_words(sampling.seed),
         "temperature": float(sampling.temperature),
         "top_p": float(sampling.top_p),
         "log_min_p": math.log(sampling.min_p) if sampling.min_p > 0 else -torch.finfo(torch.float32).max,

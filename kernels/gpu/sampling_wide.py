@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.gpu.noise import gumbel, philox_word
+from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.gpu.order import first, order
 
 
@@ -16,10 +16,11 @@ def _row_block(logits_row_ptr, start, temperature, V: tl.constexpr, BLOCK: tl.co
     return token, exists, value, tl.div_rn(value, temperature)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "temperature", "top_k", "top_p", "log_min_p", "tau"])
+@triton.jit(do_not_specialize=["temperature", "top_k", "top_p", "log_min_p", "tau"])
 def draw_wide_kernel(
     logits_ptr,  # [N, V], rows STRIDE apart
     positions_ptr,  # int32 [N]
+    seed_ptr,  # int32 [2]
     tokens_ptr,  # int32 [N], written
     children_ptr,  # int32 [N, CHILDREN], written
     edges_ptr,  # float32 [N, CHILDREN], written
@@ -27,8 +28,6 @@ def draw_wide_kernel(
     child_log_probs_ptr,  # float32 [N, CHILDREN] or None, written
     overflow_ptr,  # int32 [N]: which rows to do; None = all
     scores_ptr,  # float32 [N, V], scratch
-    seed_low,
-    seed_high,
     temperature,
     top_k,  # 0 = off
     top_p,
@@ -48,7 +47,7 @@ def draw_wide_kernel(
             return
     logits_row_ptr = logits_ptr + row * STRIDE
     scores_row_ptr = scores_ptr + row * V
-    position = tl.load(positions_ptr + row)
+    position, seed = tl.load(positions_ptr + row), load_seed(seed_ptr)
 
     largest = float("-inf")
     num_nan = 0
@@ -108,7 +107,7 @@ def draw_wide_kernel(
             live = live & ((keys > cut) | (equal & (before_cut + rank * mass < wanted_mass)))
         plain_total += tl.sum(tl.where(live, mass, 0.0))
         plain = score
-        score = tl.where(live, score + gumbel(philox_word(seed_low, seed_high, token, position)), float("-inf"))
+        score = tl.where(live, score + gumbel(philox_word(seed, token, position)), float("-inf"))
         tl.store(scores_row_ptr + token, score, mask=exists)
         top = tl.max(score)
         at = first(score == top, token, V)

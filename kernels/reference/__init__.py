@@ -1,27 +1,26 @@
 """The torch specification of every operation, one name and signature per Triton kernel, and the CPU backend."""
 
-from kernels.reference.forward import (
-    PREFILL_ROWS,
-    embed,
+from kernels.reference.attention import tree_attention
+from kernels.reference.linear import (
     layer_norm_linear,
     layer_norm_qkv,
     linear_residual,
     lm_head,
     new_tile_maxima,
     packed,
-    path_slots,
-    route,
-    tree_attention,
 )
 from kernels.reference.lookup import hash_context, learn, lookup, lookup_nodes, new_recent
+from kernels.reference.moments import new_moments
+from kernels.reference.route import PREFILL_ROWS, embed, path_slots, route
 from kernels.reference.rows import stage_rows
-from kernels.reference.sampling import draw, gumbel_noise, philox
-from kernels.reference.state import new_chain, new_progress, state_device
+from kernels.reference.sampling import draw, gumbel_noise, philox, seed_number
+from kernels.reference.state import capturable, new_chain, new_progress, new_seed, state_device
 from kernels.reference.tree import insert_children, new_tree, reroot, select_nodes
 from kernels.reference.verify import verify, verify_and_commit
 
 __all__ = [
     "PREFILL_ROWS",
+    "capturable",
     "draw",
     "embed",
     "gumbel_noise",
@@ -35,14 +34,17 @@ __all__ = [
     "lookup",
     "lookup_nodes",
     "new_chain",
+    "new_moments",
     "new_progress",
     "new_recent",
+    "new_seed",
     "new_tile_maxima",
     "new_tree",
     "packed",
     "path_slots",
     "philox",
     "reroot",
+    "seed_number",
     "route",
     "select_nodes",
     "stage_rows",

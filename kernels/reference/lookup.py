@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
-from kernels.reference.sampling import gumbel_noise
+from kernels.reference.sampling import gumbel_noise, seed_number
 from kernels.reference.tree import in_numpy
 
 
@@ -128,7 +128,7 @@ def _best(tokens, log_probs, log_rest, positions: torch.Tensor, sampling: Sampli
     """A table's row [N, m] by falling score: tokens, and edge scores with the mass outside as one more competitor."""
     tokens, scores = torch.from_numpy(tokens), torch.from_numpy(log_probs)
     if sampling.noise:
-        scores = scores + gumbel_noise(sampling.seed, positions[:, None], tokens)
+        scores = scores + gumbel_noise(seed_number(sampling.seed), positions[:, None], tokens)
     scaled = torch.cat([scores, torch.from_numpy(log_rest)[:, None]], 1) / tau
     top, index = scaled[:, :-1].sort(dim=-1, descending=True, stable=True)
     return tokens.gather(1, index), top - scaled.logsumexp(-1, keepdim=True)

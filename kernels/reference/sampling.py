@@ -52,6 +52,12 @@ def gumbel_noise(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> to
     return -torch.log(-torch.log1p(-uniform)).float()
 
 
+def seed_number(words: torch.Tensor) -> int:
+    """The 64-bit seed of which ``new_seed`` has made int32 [2]."""
+    low, high = words.tolist()
+    return (high & _MASK) << 32 | low & _MASK
+
+
 def draw(
     logits: torch.Tensor,  # [N, V]
     positions: torch.Tensor,  # int32 [N], absolute position of the token being drawn
@@ -73,7 +79,7 @@ def draw(
     scores, ids = _candidates(logits.float(), sampling, num_children)
     plain = scores
     if sampling.noise:
-        scores = scores + gumbel_noise(sampling.seed, positions[:, None], ids)
+        scores = scores + gumbel_noise(seed_number(sampling.seed), positions[:, None], ids)
     width = min(num_children, vocab_size)
     best = _best(scores, width) if width else scores.argmax(-1, keepdim=True)  # the first of equal scores
     drawn = best[:, :1]

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.layout import RECORD, RUNNING, Chain, Progress
+from kernels.layout import EOS_CAPACITY, RECORD, RUNNING, Chain, Progress
 
 
 def new_progress(
@@ -13,12 +13,13 @@ def new_progress(
     eos_token_ids: tuple[int, ...],
     device: torch.device | str = "cpu",
 ) -> Progress:
-    """The state before the first iteration."""
+    """The state before the first iteration. The last token is drawn and never fed, so ``end`` may be one more than the
+    oracle's positions; up to there neither it nor the prompt changes a shape."""
 
     def column(values) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    text = prompt + [0] * (max(end, len(prompt)) + 1 - len(prompt))
+    text = prompt + [0] * (max(contexts[-1] + 1, end) - len(prompt))
     deepest = min(max_depth, end - len(prompt) - 1)
     reach = [min(deepest - 1, context - len(prompt)) for context in contexts[:-1]] + [deepest]
     return Progress(
@@ -28,10 +29,16 @@ def new_progress(
         reach=column([[value, 0, 0, 0] for value in reach]),
         contexts=column(contexts),
         max_depth=column([max_depth]),
-        eos=column(eos_token_ids or (-1,)),
+        eos=column([*eos_token_ids] + [-1] * (EOS_CAPACITY - len(eos_token_ids))),
         state=column([RUNNING]),
         record=column([0] * RECORD),
     )
+
+
+def new_seed(seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The words of a 64-bit ``seed`` as the draws read them: int32 [2], low one first."""
+    words = [seed & 0xFFFFFFFF, seed >> 32]
+    return torch.tensor([word - 2**32 if word >= 2**31 else word for word in words], dtype=torch.int32, device=device)
 
 
 def new_chain(
@@ -50,3 +57,8 @@ def new_chain(
 def state_device(device: torch.device) -> torch.device:
     """Where trees, progress and chains live for a model on ``device``: the twins keep them on the host."""
     return torch.device("cpu")
+
+
+def capturable(device: torch.device) -> bool:
+    """Whether an iteration on ``device`` can be captured in a CUDA graph; the twins work on the host."""
+    return False

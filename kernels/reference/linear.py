@@ -1,0 +1,232 @@
+"""Torch twins of the linear layers, bit-exact in the number of rows.
+
+Row r of a product must not depend on how many rows there are. A library may choose another algorithm for another number
+of rows, so every product runs on as few rows as were found to agree, bit for bit, with all others: a multiple of
+ROW_MULTIPLE, at most ROW_BLOCK, or else exactly ROW_BLOCK. ``Packed`` finds out which of the two, on this machine, for
+this matrix and this number of threads; what was not checked runs on exactly ROW_BLOCK rows.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from kernels.layout import ROW_BLOCK, ROW_MULTIPLE, VOCAB_TILE
+from kernels.reference.moments import with_moments
+from kernels.reference.route import Route
+
+# Below this many elements torch runs an element-wise call on one thread, without a tail at a thread's border.
+_SERIAL_ELEMENTS = 32768
+_LARGEST_HALF = 32768.0
+_ACTIVATIONS = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+}
+_FUSED = {None: ("none", [], ""), "gelu_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}  # names of oneDNN
+
+
+class Packed:
+    """The matrix [M, K] of a linear layer, in the form whose product is fastest here.
+
+    A matrix of which every element times one power of two is a 16-bit float, as where the checkpoint is in bfloat16, is
+    read in 16 bits by FBGEMM: nothing is lost, the sums are in float32, and half the bytes of float32 are read. That is
+    for float32, and for bfloat16 where the processor has no instructions for it. Otherwise oneDNN's own layout,
+    otherwise the matrix as it is. Each takes a row's sum in an order of its own, the same for every row.
+    """
+
+    ndim = 2
+
+    def __init__(self, weight: torch.Tensor):
+        self.shape, self.dtype, self._size = weight.shape, weight.dtype, weight.element_size()
+        self._multiples: dict[int, int] = {}  # by number of threads
+        native = matrices_are_native(weight.dtype)
+        halves = None if native and weight.dtype != torch.float32 else _in_halves(weight)
+        if halves is not None:
+            self.product, self._parts = self._fbgemm, halves
+        elif native:
+            self.product, self._parts = self._onednn, (torch.ops.mkldnn._reorder_linear_weight(weight, ROW_BLOCK),)
+        else:
+            self.product, self._parts = self._plain, (weight,)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def element_size(self) -> int:
+        """Bytes of an element in the model's dtype, whichever way it is kept here."""
+        return self._size
+
+    def multiple(self) -> int:
+        """Products of any multiple of this many rows, up to ROW_BLOCK, agree bit for bit.
+
+        That is checked in float32 alone: what is rounded to 16 bits shows too little of the order of a sum.
+        """
+        threads = torch.get_num_threads()
+        if threads not in self._multiples:
+            self._multiples[threads] = self._find_multiple()
+        return self._multiples[threads]
+
+    def _find_multiple(self) -> int:
+        x = torch.randn(ROW_BLOCK, self.shape[1], generator=torch.Generator().manual_seed(0))
+        if self.product == self._fbgemm:
+            return agreeing_multiple(lambda rows: self._sums(x[:rows]))
+        if self.dtype == torch.float32:
+            return agreeing_multiple(lambda rows: self.product(x[:rows], None, None))
+        return ROW_BLOCK
+
+    def _sums(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._parts[0], None)
+
+    def _fbgemm(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+        sums, scale = self._sums(x.float()), self._parts[1]
+        y = sums.mul_(scale) if bias is None else torch.add(bias, sums, alpha=scale)
+        return _activated(y.to(self.dtype), activation)
+
+    def _onednn(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._parts[0], bias, *_FUSED[activation])
+
+    def _plain(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+        return _activated(F.linear(x, self._parts[0], bias), activation)
+
+
+def packed(weight: torch.Tensor) -> "torch.Tensor | Packed":
+    """``weight`` [M, K] as the linear layers read it fastest."""
+    return weight if isinstance(weight, Packed) or weight.device.type != "cpu" else Packed(weight)
+
+
+def matrices_are_native(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of ``dtype`` with instructions of this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _in_halves(weight: torch.Tensor) -> tuple[torch.Tensor, float] | None:
+    """FBGEMM's packing of ``weight`` times a power of two in 16 bits, and the inverse of that power; None where a bit
+    would be lost or FBGEMM is not there."""
+    product = getattr(torch, "fbgemm_linear_fp16_weight_fp32_activation", None)
+    if product is None or "fbgemm" not in torch.backends.quantized.supported_engines:
+        return None
+    weight = weight.float()
+    _, exponent = torch.frexp(weight.abs().amax())
+    scale = 2.0 ** min(100, 15 - int(exponent))
+    scaled = weight * scale  # below 2^15
+    if not torch.equal(scaled.half().float(), scaled):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it will be gone in a later torch: then this function returns None
+        halves = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
+        product(weight.new_zeros(1, weight.shape[1]), halves, None)
+    return halves, 1.0 / scale
+
+
+def agreeing_multiple(product) -> int:
+    """ROW_MULTIPLE if ``product(n)`` has the bits of the first n rows of ``product(ROW_BLOCK)`` for each multiple n of
+    it, or else ROW_BLOCK. The inputs must be random, so that no two orders of a sum give the same bits everywhere."""
+    whole = product(ROW_BLOCK)
+    fewer = range(ROW_MULTIPLE, ROW_BLOCK, ROW_MULTIPLE)
+    return ROW_MULTIPLE if all(torch.equal(product(n), whole[:n]) for n in fewer) else ROW_BLOCK
+
+
+def layer_norm_linear(
+    x: torch.Tensor,  # [N, C]
+    norm_weight: torch.Tensor,  # [C]
+    norm_bias: torch.Tensor,  # [C]
+    eps: float,
+    weight: torch.Tensor | Packed,  # [M, C]
+    bias: torch.Tensor | None,  # [M]
+    activation: str | None = None,  # None, "gelu_tanh", "gelu"
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of x; the twin takes its own
+) -> torch.Tensor:
+    """activation(layer_norm(x) @ weight.T + bias) -> [N, M]."""
+    return linear(torch.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias, activation)
+
+
+def layer_norm_qkv(
+    x: torch.Tensor,  # [N, C]
+    norm_weight: torch.Tensor,  # [C]
+    norm_bias: torch.Tensor,  # [C]
+    eps: float,
+    weight: torch.Tensor | Packed,  # [3 C, C], rows ordered query, key, value
+    bias: torch.Tensor,  # [3 C]
+    k_cache: torch.Tensor,  # [slots, H, D], written
+    v_cache: torch.Tensor,  # [slots, H, D], written
+    route: Route,
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of x; the twin takes its own
+) -> torch.Tensor:
+    """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
+    qkv = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
+    q, k, v = qkv.view(x.shape[0], 3, *k_cache.shape[1:]).unbind(1)
+    if route.write_rows is not None:
+        k, v = k[route.write_rows], v[route.write_rows]
+    else:
+        k, v = k[: len(route.write_slots)], v[: len(route.write_slots)]
+    k_cache.index_copy_(0, route.write_slots, k)
+    v_cache.index_copy_(0, route.write_slots, v)
+    return q
+
+
+def linear_residual(
+    x: torch.Tensor,  # [N, K]
+    weight: torch.Tensor | Packed,  # [M, K]
+    bias: torch.Tensor,  # [M]
+    residual: torch.Tensor,  # [N, M]
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
+) -> torch.Tensor:
+    """residual + x @ weight.T + bias -> [N, M]."""
+    return with_moments(residual + linear(x, weight, bias), moments)
+
+
+def lm_head(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor | Packed,
+    tile_maxima: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Final layer norm and projection to the vocabulary: x [N, C], weight [V, C] -> logits [N, V] in x's dtype.
+
+    ``tile_maxima`` float32 [N, cdiv(V, VOCAB_TILE)], if given, receives the largest logit of each tile of the row.
+    """
+    logits = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, None)
+    if tile_maxima is not None:
+        padded = F.pad(logits, (0, -logits.shape[1] % VOCAB_TILE), value=float("-inf"))
+        tile_maxima.copy_(padded.unflatten(1, (-1, VOCAB_TILE)).amax(-1))
+    return logits
+
+
+def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> torch.Tensor | None:
+    """What ``lm_head`` is to fill for ``draw``: None, for the twin of ``draw`` makes no use of it."""
+    return None
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, activation: str | None = None
+) -> torch.Tensor:
+    """activation(x @ weight.T + bias), in products of at most ROW_BLOCK rows, padded with zeros where rows lack."""
+    multiple = weight.multiple() if isinstance(weight, Packed) else ROW_BLOCK
+    num_rows = x.shape[0]
+    if num_rows % multiple:
+        x = F.pad(x, (0, 0, 0, -num_rows % multiple))
+    if len(x) <= ROW_BLOCK:
+        y = _product(x, weight, bias, activation)
+    else:
+        y = torch.cat([_product(block, weight, bias, activation) for block in x.split(ROW_BLOCK)])
+    return y if len(y) == num_rows else y[:num_rows]
+
+
+def _product(block: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, activation: str | None):
+    if isinstance(weight, Packed):
+        return weight.product(block, bias, activation)
+    return _activated(F.linear(block, weight, bias), activation)
+
+
+def _activated(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+    return x if activation is None else _elementwise(_ACTIVATIONS[activation], x)
+
+
+def _elementwise(function, x: torch.Tensor) -> torch.Tensor:
+    """Apply ``function`` to pieces that torch runs on one thread and that hold no partial vector inside a row."""
+    # torch takes two vectors at a time, 64 values of 16 bits with AVX-512, and the rest one by one
+    rows = max(1, _SERIAL_ELEMENTS // x.shape[1]) if x.shape[1] % 64 == 0 else 1
+    return torch.cat([function(piece) for piece in x.split(rows)]) if x.shape[0] > rows else function(x)

@@ -1,0 +1,134 @@
+"""Torch twins of what precedes the layers: embedding, and where the rows of a pass find keys and values.
+
+Slots are worked out in numpy on the host, once per pass. Dimension letters are explained in ``model/config.py``.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kernels.layout import NULL_PAGE, ROW_BLOCK, ROW_MULTIPLE, SHARED_WINDOW, TAIL_LANES, shared_end
+from kernels.reference.moments import with_moments
+
+PREFILL_ROWS = 128  # rows of one pass of a long prompt: bounds the memory it takes
+
+
+def embed(
+    tokens: torch.Tensor,  # int32 [N]
+    positions: torch.Tensor,  # int32 [N]
+    wte: torch.Tensor,  # [V, C]
+    wpe: torch.Tensor,  # [P, C]
+    moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
+) -> torch.Tensor:
+    """Sum of token and position embeddings -> [N, C]."""
+    return with_moments(wte.index_select(0, tokens) + wpe.index_select(0, positions), moments)
+
+
+@dataclass
+class Block:
+    """What up to ROW_BLOCK rows read: each row's own tail, then W windows of SHARED_WINDOW consecutive positions."""
+
+    rows: slice  # N of them; R is N made a multiple of ROW_MULTIPLE
+    tail_slots: torch.Tensor  # int64 [N, TAIL_LANES]
+    window_slots: torch.Tensor  # int64 [W, SHARED_WINDOW], in position order
+    bias: torch.Tensor  # float32 [R, TAIL_LANES + W * SHARED_WINDOW], 0 or, for a dead lane, -inf
+    _by_heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def head_rows(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of tails and windows in a cache seen as [slots * H, D]: int64 [H * N * TAIL_LANES] and
+        [W, H * SHARED_WINDOW]. The same for every layer, so worked out once."""
+        if heads not in self._by_heads:
+            head = torch.arange(heads, device=self.bias.device)[:, None]
+            tails = (self.tail_slots.view(1, -1) * heads + head).flatten()
+            windows = (self.window_slots[:, None] * heads + head).flatten(1)
+            self._by_heads[heads] = tails, windows
+        return self._by_heads[heads]
+
+
+class Route(NamedTuple):
+    """Where the rows of one pass write and read; the same for every layer."""
+
+    write_rows: torch.Tensor | None  # int64 [n], None = all rows
+    write_slots: torch.Tensor  # int64 [n]
+    blocks: list[Block]
+
+
+def route(
+    page_table: torch.Tensor,  # int32 [B, pages per sequence], NULL_PAGE beyond the last page
+    page_size: int,
+    committed: torch.Tensor,  # int32 [B], positions resolved by the page table, the root's included
+    sequences: torch.Tensor,  # int32 [N], the sequence each row belongs to
+    positions: torch.Tensor,  # int32 [N]
+    paths: torch.Tensor,  # int32 [N, depth + 1], node ids, root first; [N, 1] where all rows are committed
+    node_slots: torch.Tensor,  # int32 [nodes], where each node's K/V lies
+    slot_mapping: torch.Tensor,  # int32 [N], where each row's K/V goes, -1 = nowhere
+) -> Route:
+    """Resolve positions and paths to slots, once per pass, for ``layer_norm_qkv`` and ``tree_attention``."""
+    device = positions.device
+
+    def put(array: np.ndarray, dtype: type) -> torch.Tensor:
+        return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
+
+    arguments = (page_table, committed, sequences, positions, paths, node_slots, slot_mapping)
+    page_table, committed, sequences, positions, paths, node_slots, slot_mapping = map(_on_host, arguments)
+    tails = _path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots)
+    ends, blocks = shared_end(positions), []
+    for start in range(0, len(positions), ROW_BLOCK):
+        rows = slice(start, min(start + ROW_BLOCK, len(positions)))
+        slots, alive = _windows(page_table, page_size, sequences[rows], ends[rows])
+        bias = _bias(tails[rows] >= page_size, alive)
+        blocks.append(Block(rows, put(tails[rows], np.int64), put(slots, np.int64), put(bias, np.float32)))
+    write_rows = np.flatnonzero(slot_mapping >= 0)
+    every = None if len(write_rows) == len(slot_mapping) else put(write_rows, np.int64)
+    return Route(every, put(slot_mapping[write_rows], np.int64), blocks)
+
+
+def path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> torch.Tensor:
+    """Slot of each tail lane: int32 [N, TAIL_LANES]; dead lanes point into the null page. Arguments as ``route``.
+
+    Lane j of a row at position p stands for position shared_end(p) + j. Committed positions are found through the page
+    table, later ones through the row's path: position ``committed - 1 + d`` is its ancestor at depth d.
+    """
+    later = map(_on_host, (committed, sequences, positions, paths, node_slots))
+    slots = _path_slots(_on_host(page_table), page_size, *later)
+    return torch.from_numpy(slots.astype(np.int32)).to(positions.device)
+
+
+def _path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> np.ndarray:
+    lanes = shared_end(positions)[:, None] + np.arange(TAIL_LANES, dtype=np.int32)  # [N, TAIL_LANES]
+    num_committed = committed[sequences][:, None]
+    in_table = np.minimum(lanes, num_committed - 1)
+    table = page_table[sequences[:, None], in_table // page_size] * page_size + in_table % page_size
+    depth = (lanes - num_committed + 1).clip(0, paths.shape[1] - 1)
+    nodes = np.take_along_axis(paths, depth, 1).clip(0)
+    slots = np.where(lanes < num_committed, table, node_slots[nodes])
+    return np.where((lanes <= positions[:, None]) & (slots >= 0), slots, NULL_PAGE)
+
+
+def _windows(page_table, page_size, sequences, ends) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [W, SHARED_WINDOW] of the windows that a block's rows share, and which lanes are alive for each row:
+    [N, W * SHARED_WINDOW]. Lanes dead for all rows read the null page."""
+    slots, alive = [], []
+    for sequence in range(len(page_table)):
+        mine = ends * (sequences == sequence)
+        end = mine.max()
+        lanes = np.arange(-(-end // SHARED_WINDOW) * SHARED_WINDOW, dtype=np.int32)
+        pages = (lanes // page_size).clip(0, page_table.shape[1] - 1)
+        found = page_table[sequence, pages] * page_size + lanes % page_size
+        slots.append(np.where(lanes < end, found, NULL_PAGE))
+        alive.append(lanes < mine[:, None])
+    return np.concatenate(slots).reshape(-1, SHARED_WINDOW), np.concatenate(alive, 1)
+
+
+def _bias(*alive: np.ndarray) -> np.ndarray:
+    """0 for a lane that is alive, -inf for a dead one; rows of padding are all alive, so that none is NaN."""
+    lanes = np.concatenate(alive, 1)
+    bias = np.zeros((-(-len(lanes) // ROW_MULTIPLE) * ROW_MULTIPLE, lanes.shape[1]), dtype=np.float32)
+    bias[: len(lanes)][~lanes] = -np.inf
+    return bias
+
+
+def _on_host(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

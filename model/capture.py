@@ -1,0 +1,48 @@
+"""CUDA graphs: work of fixed shapes and addresses is captured once, then replayed by a single launch.
+
+What runs is the same kernels with the same arguments, so the bits are the same; what is saved is the Python and the
+driver calls between them.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+NUM_WARM_UPS = 2  # the first compiles kernels and allocates what outlives a call, both of which a capture forbids
+
+
+class Graph(Protocol):
+    """Work that can be captured and replayed."""
+
+    def capture(self, run: Callable[[], None]) -> None:
+        """Learn what ``run`` does, calling it several times; whether the last call takes effect is left open."""
+
+    def replay(self) -> None:
+        """Do it once more, with what now stands at the addresses that ``run`` used. Does not wait for it."""
+
+
+class CudaGraph:
+    """A graph of the work that Python launches on one CUDA device.
+
+    ``run`` must not read a tensor on the host, nor allocate what outlives it after its first call. The caller keeps
+    alive whatever ``run`` reads or writes and has not allocated itself.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._graph = device, torch.cuda.CUDAGraph()
+
+    def capture(self, run: Callable[[], None]) -> None:
+        """Warm up on a side stream, in order with the current one, then capture there."""
+        with torch.cuda.device(self._device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(NUM_WARM_UPS):
+                    run()
+            current.wait_stream(side)
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                run()
+
+    def replay(self) -> None:
+        self._graph.replay()

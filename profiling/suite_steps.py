@@ -1,0 +1,148 @@
+"""The steps of ``profiling.suite`` in order of value, as commands; what each needs, makes, and how long it may take."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED_FIRST = 0.2  # of the budget, for what is measured on the bundled models before larger ones exist
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, run as a process of its own."""
+
+    name: str
+    arguments: tuple[str, ...]  # of the Python interpreter
+    share: float  # of a call's budget that it may take; 1 = whatever is left
+    needs: tuple[Path, ...] = ()  # without these it cannot run
+    makes: tuple[Path, ...] = ()  # without these it has not finished, whatever was noted
+    goes_on: bool = False  # stopped by its time limit, it takes up its work when it is called again
+
+
+@dataclass(frozen=True)
+class Trio:
+    """Models of a chain, as the flags of every command name them."""
+
+    name: str
+    oracle: str
+    draft: str
+    draft2: str
+    needs: tuple[Path, ...] = ()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return ("--oracle", self.oracle, "--draft", self.draft, "--draft2", self.draft2)
+
+    @property
+    def paper_flags(self) -> tuple[str, ...]:
+        """``profiling.paper`` takes several drafts, so it has no word for none and for the bundled ones."""
+        named = zip(("--draft", "--draft2"), (self.draft, self.draft2), strict=True)
+        return ("--oracle", self.oracle, *(part for pair in named if pair[1] not in ("none", "auto") for part in pair))
+
+
+BUNDLED = Trio("bundled", "bundled", "auto", "auto")
+
+
+def plan(flags: argparse.Namespace) -> list[Step]:
+    """All steps, most wanted first. ``flags`` are those of ``profiling.suite``."""
+    seconds, out = flags.budget_minutes * 60, flags.out
+    steps = [_tests(flags), *_microbenchmarks(flags, seconds)]
+    if flags.oracle:
+        trio = Trio("given", flags.oracle, flags.draft, flags.draft2)
+    else:
+        if not flags.mini:
+            steps.append(_timeline(flags, BUNDLED, BUNDLED_FIRST))
+        steps += _training(flags)
+        models = out / "models"
+        made = (models / "oracle" / "model.safetensors", models / "draft" / "model.safetensors", models / "draft2")
+        trio = Trio("trained", *(str(models / name) for name in ("oracle", "draft", "draft2")), made)
+    steps += [_timeline(flags, trio, 0.2), _latency(flags, trio, 0.4), _paper(flags, trio, 1.0)]
+    if not flags.mini:
+        steps += [_latency(flags, BUNDLED, 1.0), _paper(flags, BUNDLED, 1.0)]
+    return steps
+
+
+def _tests(flags: argparse.Namespace) -> Step:
+    chosen = ("tests/test_rows_of_a_pass.py",) if flags.mini else ("tests", "-m", "gpu")
+    report = flags.out / "tests" / "junit.xml"
+    return Step("tests", ("-m", "pytest", *chosen, "-v", "--color=no", f"--junitxml={report}"), 0.4)
+
+
+def _microbenchmarks(flags: argparse.Namespace, seconds: float) -> list[Step]:
+    rehearsed = ("--rehearse", "--rows", "1") if flags.mini else ()
+    commit = ("--commit", flags.commit) if flags.commit else ()
+
+    def folder(name: str) -> tuple[str, ...]:
+        return ("--out", str(flags.out / name))
+
+    def budget(share: float) -> tuple[str, ...]:
+        return ("--budget-seconds", f"{share * seconds:.0f}")
+
+    kernels = ("-m", "profiling.kernels", *folder("kernels"), *budget(0.22), *rehearsed, *commit)
+    sampler = ("-m", "profiling.sampler", *folder("sampler"), *rehearsed, *commit)
+    steps = [Step("kernels", kernels + (("--no-flex",) if flags.mini else ()), 0.25), Step("sampler", sampler, 0.15)]
+    if flags.tune:
+        table = () if flags.mini else ("--table", str(flags.out / "tune" / "tuned.json"))
+        tune = ("-m", "profiling.tune", *folder("tune"), *budget(0.37), *rehearsed[:1], *table, *commit)
+        steps.append(Step("tune", tune, 0.4))
+    return steps
+
+
+def _training(flags: argparse.Namespace) -> list[Step]:
+    oracle, draft, draft2 = (flags.out / "models" / name for name in ("oracle", "draft", "draft2"))
+    made = (oracle / "model.safetensors", draft / "model.safetensors")
+    minutes = [share * flags.budget_minutes if given is None else given for share, given in _minutes(flags)]
+    data = tuple(part for directory in flags.data or () for part in ("--data", directory))
+    if flags.prompts:
+        data += ("--exclude", str(flags.prompts / "humaneval" / "HumanEval.jsonl.gz"))
+    common = (*data, "--tokens-per-step", str(flags.tokens_per_step), "--tokens-per-pass", str(flags.tokens_per_pass))
+    if flags.mini:
+        common += ("--steps", "2", "--no-compile", "--context", "64", "--short-window", "32")
+
+    def train(what: str, out: Path, layers: int, width: int, budget: float, *more: str) -> tuple[str, ...]:
+        size = ("--layers", str(layers), "--width", str(width), "--minutes", f"{budget:g}")
+        return ("-m", "decoding", what, "--out", str(out), *size, *common, *more)
+
+    vocabulary, teacher = ("--vocab-size", str(flags.vocab_size)), ("--oracle", str(oracle))
+    table = ("-m", "decoding", "build-draft2", "--out", str(draft2), "--tokenizer", str(oracle), *data)
+    table += ("--model", str(draft), "--samples", str(flags.samples))
+    large = train("train-oracle", oracle, flags.layers, flags.width, minutes[0], *vocabulary)
+    small = train("train-draft", draft, flags.draft_layers, flags.draft_width, minutes[1], *teacher)
+    return [
+        Step("train-oracle", large, 1.0, (), made[:1], goes_on=True),
+        Step("train-draft", small, 1.0, made[:1], made[1:], goes_on=True),
+        Step("build-draft2", table, 0.3, made, (draft2,)),
+    ]
+
+
+def _minutes(flags: argparse.Namespace) -> tuple[tuple[float, float | None], ...]:
+    return (0.3, flags.oracle_minutes), (0.15, flags.draft_minutes)
+
+
+def _prompts(flags: argparse.Namespace) -> tuple[str, ...]:
+    return ("--prompts", str(flags.prompts)) if flags.prompts else ()
+
+
+def _timeline(flags: argparse.Namespace, trio: Trio, share: float) -> Step:
+    name = f"timeline-{trio.name}"
+    size = ("--tokens", "4", "--count", "1") if flags.mini else ("--tokens", "48")
+    command = ("-m", "profiling.timeline", "--out", str(flags.out / name), *trio.flags, *size, *_prompts(flags))
+    return Step(name, command, share, trio.needs)
+
+
+def _latency(flags: argparse.Namespace, trio: Trio, share: float) -> Step:
+    name = f"latency-{trio.name}"
+    lengths = ("--input-len", "8", "--output-len", "8") if flags.mini else ("--input-len", "32,512")
+    counts = ("1", "0") if flags.mini else ("10", "3")
+    peers = () if flags.mini else ("--peers",)
+    command = ("-m", "profiling.latency", "--output-json", str(flags.out / name / "latency.json"), *trio.flags)
+    command += (*lengths, "--num-iters", counts[0], "--num-iters-warmup", counts[1], *peers, *_prompts(flags))
+    return Step(name, command, share, trio.needs)
+
+
+def _paper(flags: argparse.Namespace, trio: Trio, share: float) -> Step:
+    name = f"paper-{trio.name}"
+    size = ("--quick", "--peers") if flags.mini else ("--limit", str(flags.paper_prompts))
+    command = ("-m", "profiling.paper", "--out", str(flags.out / name), "--resume", *trio.paper_flags, *size)
+    return Step(name, command + _prompts(flags), share, trio.needs, goes_on=True)

@@ -1,0 +1,65 @@
+"""Markdown of ``profiling.timeline``: parts of an iteration, bytes beside GB/s, what the time outside is, charts."""
+
+from decoding.config import METHODS
+
+STRICT = (
+    '"In" is whose code the thread was in, of its processor time, by samples of its instruction pointer; the C library '
+    'allocates, copies and computes for any of the others. "Outside torch operators" is measured under torch.profiler, '
+    "whose own work and numpy's count as outside: an upper bound."
+)
+
+
+def markdown(document: dict[str, list[dict]], conditions: str, charts: dict[str, str]) -> str:
+    """Conditions; per setting a table of parts, of traffic and of facts; then the charts."""
+    lines = ["# Where an iteration's time goes", "", f"{conditions}. Milliseconds of one iteration and their share."]
+    for setting in dict.fromkeys(row["setting"] for row in document["rows"]):
+        chosen = {name: [row for row in rows if row["setting"] == setting] for name, rows in document.items()}
+        methods = [method for method in METHODS if any(row["method"] == method for row in chosen["rows"])]
+        lines += ["", f"## {setting}", "", *_parts(chosen["rows"], methods)]
+        lines += ["", *_facts(chosen["facts"], methods), "", *_traffic(chosen["traffic"])]
+    if any("outside torch operators" in row for row in document["facts"]):
+        lines += ["", STRICT]
+    lines += ["", "## The iteration of median length, first prompt"]
+    for title, drawn in charts.items():
+        lines += ["", f"{title}", "", "```", drawn.rstrip("\n"), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _head(first: str, methods: list[str]) -> list[str]:
+    return [f"| {first} | {' | '.join(methods)} |", f"| --- |{' ---: |' * len(methods)}"]
+
+
+def _parts(rows: list[dict], methods: list[str]) -> list[str]:
+    lines = _head("part", methods)
+    for part in [*sorted({row["part"] for row in rows} - {"total"}), "total"]:
+        cells = []
+        for method in methods:
+            found = [row for row in rows if (row["method"], row["part"]) == (method, part)]
+            cells.append(f"{found[0]['milliseconds']:.2f} ({found[0]['share']:.0%})" if found else "")
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    return lines
+
+
+def _facts(rows: list[dict], methods: list[str]) -> list[str]:
+    """Shares in percent, everything else as a number."""
+    names = sorted({name for row in rows for name in row} - {"setting", "method"})
+    lines = _head("of an iteration", methods)
+    by_method = {row["method"]: row for row in rows}
+    for name in names:
+        share = name.startswith(("in: ", "outside"))
+        values = [by_method[method].get(name, 0.0) for method in methods]
+        lines.append(f"| {name} | {' | '.join(f'{v:.0%}' if share else f'{v:.2f}' for v in values)} |")
+    return lines
+
+
+def _traffic(rows: list[dict]) -> list[str]:
+    lines = [
+        "| method | stage | passes | MB by arithmetic | ms of its operations | GB/s |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {row['stage']} | {row['passes']:.2f} | {row['megabytes']:.2f} | "
+            f"{row['milliseconds']:.2f} | {row['gb_per_s']:.2f} |"
+        )
+    return lines
