@@ -20,7 +20,7 @@ from profiling.peers import NEVER, Peer, Stop
 STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where HumanEval cuts a completion
 FIXED, STOPPED = "fixed length", "up to the stop"
 BASELINE = "baseline"
-WARM_UP = 8  # new tokens of ours; peers generate the whole length, to which some of them compile
+WARM_UP = 4  # new tokens of ours; peers generate the whole length, to which some of them compile
 
 
 class TokensDiffer(Exception):
@@ -75,6 +75,7 @@ class Ours:
         stages = [s for s in (*self.decoder.lower, self.decoder.oracle) if s.name in (*self.config.stages, "oracle")]
         return {
             "finish": self.out.finish_reason,
+            "iteration": stats["iteration"],
             "accepted": stats["accepted"],
             "tried": stats["tried"],
             "prefill_seconds": round(stats["prefill_seconds"], 6),
