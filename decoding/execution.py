@@ -33,6 +33,9 @@ class Execution(Protocol):
     def begin(self, generation: "Generation") -> Pipeline:
         """Get ready for a generation whose state is complete; may put that state elsewhere."""
 
+    def keep(self, num_plans: int) -> None:
+        """Keep the captured iterations of this many shapes at least, for a benchmark that takes turns between them."""
+
 
 class Eager:
     """Python launches every operation of every iteration."""
@@ -49,6 +52,9 @@ class Eager:
 
         return Pipeline(launch, generation.state.progress.record, self._ahead)
 
+    def keep(self, num_plans: int) -> None:
+        pass
+
 
 class Captured:
     """The first generation of each shape captures its iteration, all of them replay it."""
@@ -58,6 +64,7 @@ class Captured:
     def __init__(self, new_graph: Callable[[], Graph], ahead: int = 1):
         self._new_graph, self._ahead = new_graph, ahead
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()  # least recently used first
+        self._max_plans = MAX_PLANS
 
     @torch.inference_mode()
     def begin(self, generation: "Generation") -> Pipeline:
@@ -69,9 +76,12 @@ class Captured:
         else:
             self._plans[key] = Plan(generation, self._new_graph())
         self._plans.move_to_end(key)
-        if len(self._plans) > MAX_PLANS:
+        if len(self._plans) > self._max_plans:
             self._plans.popitem(last=False)
         return Pipeline(self._plans[key].launch, generation.state.progress.record, self._ahead)
+
+    def keep(self, num_plans: int) -> None:
+        self._max_plans = max(self._max_plans, num_plans)
 
 
 class Plan:

@@ -26,8 +26,6 @@ from profiling.paper_session import Config, Session, cases, load, suites
 from profiling.peers import NAMES, NEVER, Stop
 from profiling.shards import Journal, Shard, merged
 
-WARM_UP = 8  # new tokens; peers generate the whole length, to which some of them compile
-
 
 def run(config: Config) -> Path:
     """Measure what is missing and write the report: its path (of every process; the first one writes it).
@@ -74,11 +72,13 @@ def measure(session: Session, suite: str, methods: list[Method], journal: Journa
 
 
 def warm_up(session: Session, methods: list[Method], num_tokens: int) -> None:
-    """Every method once with every setting: what compiles, is captured or allocated has been when clocks run."""
-    for setting in SETTINGS.values():
-        for method in methods:
-            length = num_tokens if method.kind == "peer" else min(WARM_UP, num_tokens)
-            method.generate(session.prompt_ids[0], length, {**setting, "seed": 0}, NEVER)
+    """Nothing is compiled or captured any more when clocks run."""
+    longest, settings = max(session.prompt_ids, key=len), list(SETTINGS.values())
+    for decoder in session.decoders.values():
+        decoder.execution.keep(len(methods) * len(settings))
+    ours = [method for method in methods if method.kind != "peer"]
+    for method in [*methods, *ours]:  # ours again: a larger tree replaces caches that earlier captures know
+        method.warm_up(longest, num_tokens, settings)
 
 
 def main() -> int:

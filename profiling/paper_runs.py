@@ -20,6 +20,7 @@ from profiling.peers import NEVER, Peer, Stop
 STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where HumanEval cuts a completion
 FIXED, STOPPED = "fixed length", "up to the stop"
 BASELINE = "baseline"
+WARM_UP = 4  # new tokens of ours; peers generate the whole length, to which some of them compile
 
 
 class TokensDiffer(Exception):
@@ -44,6 +45,9 @@ class Method(Protocol):
 
     def generate(self, ids: list[int], num_tokens: int, sampling: dict, stop: Stop) -> list[int]: ...
 
+    def warm_up(self, ids: list[int], num_tokens: int, settings: list[dict]) -> None:
+        """Compile, capture and allocate whatever generations of up to this length need with these settings."""
+
     def columns(self) -> dict[str, Any]:
         """What the latest generation counted, as columns of its row."""
 
@@ -62,11 +66,16 @@ class Ours:
         self.out = self.decoder.generate(ids, num_tokens, speculation=self.config, **sampling, **ends)
         return self.out.new_token_ids
 
+    def warm_up(self, ids, num_tokens, settings):
+        for sampling in settings:
+            self.generate(ids, min(WARM_UP, num_tokens), {**sampling, "seed": 0}, NEVER)
+
     def columns(self):
         stats = self.out.stats
         stages = [s for s in (*self.decoder.lower, self.decoder.oracle) if s.name in (*self.config.stages, "oracle")]
         return {
             "finish": self.out.finish_reason,
+            "iteration": stats["iteration"],
             "accepted": stats["accepted"],
             "tried": stats["tried"],
             "prefill_seconds": round(stats["prefill_seconds"], 6),
@@ -88,6 +97,11 @@ class Theirs:
 
     def generate(self, ids, num_tokens, sampling, stop):
         return self.peer.generate(ids, num_tokens, sampling, stop)
+
+    def warm_up(self, ids, num_tokens, settings):
+        self.peer.warm_up(ids, num_tokens)  # once: what compiles forgets the code that it had
+        for sampling in settings:
+            self.generate(ids, num_tokens, {**sampling, "seed": 0}, NEVER)
 
     def columns(self):
         return {}

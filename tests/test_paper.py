@@ -3,9 +3,7 @@
 import csv
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +14,16 @@ import torch
 from decoding import StagedDecoder
 from decoding.compare import HFGenerate
 from decoding.decoder import BUNDLED
+from decoding.execution import MAX_PLANS, Captured
 from profiling import ablations, dram, paper, paper_session, paper_tables, prompts
+from profiling.demo import SETTINGS
 from profiling.paper_runs import FIXED, STOPPED, Case, Ours, OwnGap, TokensDiffer, digest, run_case
 from profiling.paper_session import Config
 from profiling.paper_tables import GREEDY, TOP_K
 from profiling.peers import NEVER
-from profiling.shards import Journal, Shard, merged
+from profiling.shards import Shard
 from tests.helpers import hf_model, random_tokens, tiny_gpt2
+from tests.recorded_graph import RecordedGraph
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -158,34 +159,6 @@ def test_the_gap_is_that_of_the_oracle():
     assert OwnGap(model).top_two_gap(text) == pytest.approx(theirs, abs=1e-3)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
-def test_every_prompt_belongs_to_one_process(num_processes):
-    shards = [Shard(rank, num_processes) for rank in range(num_processes)]
-    parts = [shard.part(range(7)) for shard in shards]
-    assert sorted(prompt for part in parts for prompt in part) == list(range(7))
-
-
-def test_a_killed_run_goes_on(tmp_path):
-    """Whole lines are kept, a torn one is measured again; another number of processes finds the same cases."""
-    about, cases = {"tokens": 8}, [Case("paper", prompt, GREEDY, 0, FIXED) for prompt in range(4)]
-    first = Journal(tmp_path, Shard(0, 2), about, resume=False)
-    second = Journal(tmp_path, Shard(1, 2), about, resume=False)
-    first.add(cases[0], [{"prompt": 0}])
-    second.add(cases[1], [{"prompt": 1}])
-    with first.path.open("a") as file:
-        file.write('{"case": ["paper", 2,')
-    again = Journal(tmp_path, Shard(), about, resume=True)
-    assert [case for case in cases if case not in again] == cases[2:]
-    for case in cases[2:]:
-        again.add(case, [{"prompt": case.prompt}])
-    whole = Journal(tmp_path, Shard(), about, resume=True)
-    assert merged([whole.cases, second.cases]) == [{"prompt": prompt} for prompt in range(4)]
-    with pytest.raises(ValueError, match="tokens = 8, this run has 9"):
-        Journal(tmp_path, Shard(), {"tokens": 9}, resume=True)
-    anew = Journal(tmp_path, Shard(), {"tokens": 9}, resume=False)
-    assert not anew.cases and not second.path.exists()
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     """A random oracle and draft of one layer with the bundled tokenizer, so that the bundled table fits them."""
@@ -247,36 +220,6 @@ def test_a_whole_run_writes_every_figure_and_resumes(config, monkeypatch):
     assert "\x1b[" in terminal and "def read_lines" in terminal and "read_lines" in page and "color:" in page
 
 
-PROCESS = """
-import sys
-from pathlib import Path
-from profiling.shards import Journal, Shard, merged
-
-shard = Shard.from_environment()
-shard.start()
-journal = Journal(Path(sys.argv[1]), shard, {}, resume=False)
-for prompt in shard.part(range(5)):
-    journal.add(("paper", prompt), [{"prompt": prompt, "rank": shard.rank}])
-gathered = shard.gather(journal.cases)
-assert (gathered is None) == (shard.rank != 0)
-if gathered is not None:
-    print(merged(gathered))
-shard.stop()
-"""
-
-
-def test_torchrun_shares_the_prompts(tmp_path):
-    """Two processes over gloo: a journal each, and the first has every prompt once."""
-    (tmp_path / "process.py").write_text(PROCESS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, str(tmp_path / "process.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert str([{"prompt": prompt, "rank": prompt % 2} for prompt in range(5)]) in done.stdout
-    assert [len(file.read_text().splitlines()) for file in sorted(tmp_path.glob("rows-*.jsonl"))] == [1 + 3, 1 + 2]
-
-
 def test_a_wrong_method_ends_the_run_without_a_report(config, monkeypatch, capsys):
     """The command says which prompt, exits 1, and writes no figure."""
     true = Ours.generate
@@ -290,6 +233,23 @@ def test_a_wrong_method_ends_the_run_without_a_report(config, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", [*arguments, "--peers", "--ablation-prompts", "0"])
     assert paper.main() == 1
     assert "nothing is reported" in capsys.readouterr().err and not (config.out / "report.md").exists()
+
+
+def test_nothing_is_captured_while_a_clock_runs(config, monkeypatch):
+    """More shapes than are kept by default, some with larger caches than others: all captures lie in the warm-up."""
+    decoders = ablations.load(config.oracle, list(config.draft), list(config.draft2), dtype="float32")
+    decoder, captured = next(iter(decoders.values())), []
+    decoder.execution = Captured(lambda: captured.append(1) or RecordedGraph())
+    session = SimpleNamespace(config=config, decoders=decoders, decoder=decoder, prompt_ids=[[5, 6, 7], [8, 9]])
+    methods = [method for method in ablations.variants(decoders) if method.kind in ("method", "tree", "staged")]
+    paper.warm_up(session, methods, 2)
+    before = len(captured)
+    for prompt, ids in enumerate(session.prompt_ids):
+        for setting, sampling in SETTINGS.items():
+            case = Case("ablations", prompt, setting, 1, FIXED)
+            rows = run_case(case, ids, methods, 2, sampling, NEVER, OwnGap(decoder.oracle.model))
+            assert {r["iteration"] for r in rows} == {"captured"}
+    assert len(captured) == before >= 2 * len(methods) > MAX_PLANS
 
 
 def test_budgets_keep_the_default_shape(config):
