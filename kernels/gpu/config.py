@@ -74,7 +74,8 @@ def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.d
         return LinearTiles(64, 64, 64, cut(64, 64), 4, 2)
     if arch in ("sm_90", "sm_100"):
         return LinearTiles(64, 64, 128, cut(64, 128), 4, 4)
-    return LinearTiles(64, 64, 64, cut(64, 64), 4, 4)  # within the 99 KiB of shared memory of sm_86, sm_89, sm_120
+    # within the 99 KiB of shared memory of sm_86, sm_89, sm_120
+    return LinearTiles(64, 64, 64, cut(64, 64), 4, 4, all_registers=True)
 
 
 def _splits(num_tiles: int, num_steps: int, num_programs: int) -> int:
@@ -98,7 +99,7 @@ def prefill_tiles(arch: str, dtype: torch.dtype) -> LinearTiles:
         return LinearTiles(32, 64, 32, 1, 8, 3, all_registers=True)
     if arch.startswith("gfx"):  # 8 waves would load less than 16 bytes a thread of 64 outputs
         return LinearTiles(128, 128, 32, 1, 4, 2)
-    return LinearTiles(128, 128, 64, 1, 8, 3)
+    return LinearTiles(128, 128, 64, 1, 8, 3, all_registers=True)
 
 
 def attention_tiles(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionTiles:
