@@ -80,7 +80,7 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict, skipped: tup
         default=3.0,
         help="between checkpoints (default: 3)",
     )
-    command.add_argument("--start", type=Path, metavar="DIR", help="begin from this model, which may have fewer layers")
+    command.add_argument("--start", type=Path, metavar="DIR", help="begin from this model, which may be a smaller one")
     command.add_argument("--no-compile", action="store_true", help="do not compile: slower, needs no C++ compiler")
     for field in fields(training.TrainingConfig):
         if field.name not in skipped:

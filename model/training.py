@@ -9,7 +9,6 @@ run can be given more time later: it then goes on from where the decay began.
 Commands: ``staged train-oracle``, ``staged train-draft``.
 """
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from model.growth import grow
 from model.muon import Muon
 from model.runtime import bfloat16_is_fast
 
@@ -64,29 +64,6 @@ def build(config: TrainingConfig) -> GPT2LMHeadModel:
             activation_function="gelu_pytorch_tanh",
         )
     )
-
-
-@torch.no_grad()
-def deepen(model: GPT2LMHeadModel, source: GPT2LMHeadModel) -> None:
-    """Give ``model`` the weights of ``source``, which has as many layers or fewer, and so the function it computes.
-
-    Every layer of ``source`` is followed by copies of itself that add nothing yet, since their output projections are
-    zero. Raises ValueError where other sizes differ or layers would be left out.
-    """
-    layers, given = model.config.n_layer, source.config.n_layer
-    for name in ("n_embd", "n_head", "n_positions", "vocab_size"):
-        ours, theirs = getattr(model.config, name), getattr(source.config, name)
-        if ours != theirs:
-            raise ValueError(f"the model to start from has {name} {theirs}, this one {ours}")
-    if given > layers:
-        raise ValueError(f"the model to start from has {given} layers, this one only {layers}")
-    weights = source.state_dict()
-    for name, value in model.state_dict().items():
-        found = re.match(r"(transformer\.h\.)(\d+)(.*)", name)
-        index = int(found[2]) if found else 0
-        origin = f"{found[1]}{index * given // layers}{found[3]}" if found else name
-        repeated = index and index * given // layers == (index - 1) * given // layers
-        value.copy_(torch.zeros_like(value) if repeated and "c_proj" in name else weights[origin])
 
 
 def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -173,13 +150,13 @@ class Trainer:
     ) -> None:
         """``ids``: uint16 [tokens]. ``compiled`` needs a C++ compiler and is 1.3 times as fast on a CPU.
 
-        ``start``: a trained model to begin from, see ``deepen``.
+        ``start``: a trained model to begin from, see ``grow``.
         """
         self.config, self.ids = config, ids
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build(config)
         if start is not None:
-            deepen(self.model, start)
+            grow(self.model, start)
         self.model = self.model.to(self.device).train()
         self.teacher = teacher.to(self.device).eval() if teacher is not None else None
         self.optimizers = optimizers(self.model, config.learning_rate)
