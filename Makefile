@@ -1,6 +1,6 @@
 # Each target makes its own environment in .venv; a Linux machine with Python 3.11-3.14 needs nothing else.
 #   make demo                     three models decode Python prompts together, every method in one table
-#   make test [PROMPTS=DIR]       the tests; DIR holds prompt sets for those that want them
+#   make test [PROMPTS=DIR]       the tests, a process on each core; DIR holds prompt sets for those that want them
 #   make aot                      machine code for five GPUs, no GPU needed; also with Triton 3.6.0 and the newest one
 #   make equality PROMPTS=DIR     every HumanEval prompt, every method, against Hugging Face
 #   make paper PROMPTS=DIR        the paper's tables and figures beside peers, in local/paper
@@ -11,6 +11,7 @@
 PYTHON ?= python3
 PROMPTS ?=
 MINUTES ?= 30
+WORKERS ?= auto
 ENV := .venv
 RUN := $(ENV)/bin/python
 
@@ -26,7 +27,7 @@ demo: $(ENV)/.installed
 	$(RUN) -m decoding compare --hf --color
 
 test: $(ENV)/.installed lint
-	$(RUN) -m pytest tests $(if $(PROMPTS),--prompts=$(PROMPTS))
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses $(WORKERS) --dist worksteal $(if $(PROMPTS),--prompts=$(PROMPTS))
 
 lint: $(ENV)/.installed
 	$(RUN) -m ruff check .

@@ -12,6 +12,7 @@ from decoding.compare import DEMO_PROMPTS, HFGenerate, compare
 from decoding.config import METHODS
 from decoding.decoder import BUNDLED, StagedDecoder
 from decoding.display import coloured, legend, print_comparison, stage_styles
+from decoding.planner import search
 from model import weights
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
@@ -51,7 +52,14 @@ def parser() -> argparse.ArgumentParser:
     comparison.add_argument("--json", action="store_true", help="print the rows as JSON")
     comparison.set_defaults(run=run_compare)
 
-    for command in (generate, comparison):
+    planning = commands.add_parser("plan", help="find the shape of speculation that is fastest on this machine")
+    planning.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: three prompts of Python code")
+    planning.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON for --plan of other commands")
+    planning.add_argument("--turns", type=int, default=3, help="that each comparison of two shapes takes (default: 3)")
+    planning.add_argument("--minutes", type=float, default=3.0, help="at most, for the search (default: 3)")
+    planning.set_defaults(run=run_plan)
+
+    for command in (generate, comparison, planning):
         _add_common(command)
     make.add_commands(commands)
     return top
@@ -73,6 +81,7 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--oracle", default="bundled", help="hub id or directory of a GPT-2 checkpoint")
     command.add_argument("--draft", default="auto", help="hub id or directory; 'none' for no draft")
     command.add_argument("--draft2", default="auto", help="directory of a table; 'none' for no draft2")
+    command.add_argument("--plan", type=Path, metavar="FILE", help="shapes that 'staged plan' found on this machine")
     command.add_argument("--device", default="auto")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
     command.add_argument("--backend", default="auto")
@@ -90,7 +99,13 @@ def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
         name: None if value == "none" else value for name, value in (("draft", flags.draft), ("draft2", flags.draft2))
     }
     return StagedDecoder.from_pretrained(
-        flags.oracle, **lower, device=flags.device, dtype=flags.dtype, backend=flags.backend, graphs=flags.graphs
+        flags.oracle,
+        **lower,
+        device=flags.device,
+        dtype=flags.dtype,
+        backend=flags.backend,
+        graphs=flags.graphs,
+        plan=flags.plan,
     )
 
 
@@ -129,6 +144,19 @@ def run_generate(flags: argparse.Namespace) -> None:
         f"{len(out.new_token_ids)} tokens, {speed:.1f} tokens/s, {length:.2f} tokens per oracle pass, "
         f"finished by {out.finish_reason}, seed {out.seed}"
     )
+
+
+def run_plan(flags: argparse.Namespace) -> None:
+    _refuse_unused(flags)
+    for name, least in (("turns", 1), ("max_new_tokens", 1), ("minutes", 0)):
+        if getattr(flags, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(flags, name)}")
+    decoder = load_decoder(flags)
+    ids = [decoder.encode(prompt) for prompt in flags.prompts or DEMO_PROMPTS]
+    sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}
+    found = search(decoder, ids, sampling, flags.max_new_tokens, flags.turns, flags.minutes, print)
+    found.save(flags.out)
+    print(f"fastest: {found.fastest}; shapes of all methods in {flags.out}")
 
 
 def run_compare(flags: argparse.Namespace) -> None:

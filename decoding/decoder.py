@@ -19,6 +19,7 @@ from decoding.config import (
 )
 from decoding.execution import choose
 from decoding.loop import Generation
+from decoding.plan import Plan
 from decoding.stages import GPT2Stage, KatzStage, Stage
 from kernels.layout import SuccessorTable, aligned
 from model import runtime, weights
@@ -50,6 +51,7 @@ class StagedDecoder:
         tokenizer=None,
         chosen: str = "",
         graphs: str | bool = "auto",
+        plan: Plan | None = None,
     ):
         for stage in lower:
             if stage.vocab_size != oracle.vocab_size:
@@ -59,6 +61,10 @@ class StagedDecoder:
                 )
         self.lower, self.oracle, self.tokenizer = lower, oracle, tokenizer
         self.runtime, self.execution = chosen, choose(lower, oracle, graphs)
+        self._plan = plan
+        for shape in plan.shapes.values() if plan else ():
+            for name in shape.stages:
+                self._stage(name)
 
     @classmethod
     def from_pretrained(
@@ -70,6 +76,7 @@ class StagedDecoder:
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
         graphs: str | bool = "auto",
+        plan: str | Path | Plan | None = None,
     ) -> "StagedDecoder":
         """Load the chain draft2, draft, oracle.
 
@@ -77,9 +84,11 @@ class StagedDecoder:
         of them, cheapest first, for deeper chains. ``draft2`` is the directory of a table. "bundled" is the small trio
         that comes with the package, "auto" its lower stages, None leaves a stage out. ``graphs``: whether an iteration
         is captured in a CUDA graph and replayed; "auto" does so wherever it can be, with the triton backend on a GPU.
+        ``plan``: the shapes that ``staged plan`` found fastest on this machine, for ``method``; None: the defaults.
         Raises ValueError with what to pass where a default does not exist, and for anything that cannot be loaded, does
         not fit together, or is not possible here.
         """
+        plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
         chosen = runtime.resolve(device, dtype, backend)
         oracle_stage, tokenizer = _load_stage("oracle", oracle, chosen)
         drafts = [_default(draft, "draft", oracle)] if not isinstance(draft, list | tuple) else list(draft)
@@ -97,7 +106,7 @@ class StagedDecoder:
             if tokenizer is not None and own is not None:
                 text.require_same_tokens("oracle", tokenizer, name, own)
             lower.append(stage)
-        return cls(lower, oracle_stage, tokenizer, str(chosen), graphs)
+        return cls(lower, oracle_stage, tokenizer, str(chosen), graphs, plan)
 
     def generate(
         self,
@@ -210,12 +219,17 @@ class StagedDecoder:
         )
 
     def plan(self, method: str | None = None) -> SpeculationConfig:
-        """The default tree shape of ``method`` (None: the fullest available) with this decoder's stages.
+        """The tree shape of ``method`` with this decoder's stages: that of its plan, or else the default one.
 
+        None stands for the plan's fastest method, without a plan for the fullest available.
         Raises ValueError for an unknown method and for one whose stage is missing.
         """
         if method is not None and method not in METHODS:
             raise ValueError(f"method must be one of {METHODS} or None, got {method!r}")
+        if self._plan is not None:
+            method = method or self._plan.fastest
+            if method in self._plan.shapes:
+                return self._plan.shapes[method]
         return default_speculation(method, [stage.name for stage in self.lower])
 
 

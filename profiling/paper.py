@@ -63,7 +63,8 @@ def measure(session: Session, suite: str, methods: list[Method], journal: Journa
     begun = time.monotonic()
     for done, case in enumerate(waiting, 1):
         ids, setting = session.prompt_ids[case.prompt], SETTINGS[case.setting]
-        asked = [method for method in methods if method.kind != "peer" or case.seed < config.peer_seeds]
+        peers_too = not setting or case.seed < config.peer_seeds
+        asked = [method for method in methods if peers_too or method.kind != "peer"]
         rows = run_case(case, ids, asked, num_tokens, setting, stops[case.extent], OwnGap(model))
         journal.add(case, rows)
         if done == len(waiting) or case.prompt != waiting[done].prompt:
@@ -97,7 +98,9 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="only the first prompts")
     parser.add_argument("--tokens", type=int, default=Config.tokens, help="new tokens of a generation, at most")
     parser.add_argument("--seeds", type=int, default=Config.seeds, help="when sampling")
-    parser.add_argument("--peer-seeds", type=int, default=Config.peer_seeds, help="of them, for peers")
+    parser.add_argument(
+        "--peer-seeds", type=int, default=Config.peer_seeds, help="of them, for peers; 0: peers are greedy only"
+    )
     parser.add_argument("--peers", nargs="*", choices=NAMES, help="default: all that make sense here; none: no peers")
     parser.add_argument("--ablation-prompts", type=int, default=Config.ablation_prompts, help="0: no ablations")
     parser.add_argument("--ablation-tokens", type=int, default=Config.ablation_tokens)

@@ -1,0 +1,125 @@
+"""The search for the fastest shape: on times that are made up, and as the command runs it."""
+
+import json
+import math
+import time
+
+import pytest
+
+from decoding import StagedDecoder, cli
+from decoding.config import SpeculationConfig, chain, default_speculation
+from decoding.plan import Plan
+from decoding.planner import improve, neighbours, ratio
+from tests.helpers import hf_model
+
+STAGED = default_speculation("staged", ["draft2", "draft"])
+NEVER = math.inf
+
+
+def test_a_neighbour_differs_in_one_number_by_one_step():
+    found = list(neighbours(STAGED))
+    assert len(found) == len(set(found)) and STAGED not in found
+    for shape in found:
+        ours, theirs = vars(STAGED), vars(shape)
+        changed = [name for name in ours if ours[name] != theirs[name]]
+        assert len(changed) == 1
+    assert {shape.budget for shape in found} == {11, 15, 23}
+    assert {shape.rounds for shape in found} >= {(1, 1), (3, 1), (2, 2)}
+
+
+def test_a_chain_stays_a_chain():
+    assert list(neighbours(chain(4))) == [chain(3), chain(6)]
+    assert list(neighbours(chain(1))) == [chain(2)]
+
+
+def test_the_search_climbs_to_the_best_shape_and_no_further():
+    """A staircase of passes of 16 rows, tokens that grow with the logarithm of the budget, a price for every round."""
+
+    def seconds(shape: SpeculationConfig) -> float:
+        passes = -(-(shape.budget + 1) // 16) + 0.2 * math.prod(shape.rounds) + 0.01 * sum(shape.widths)
+        return passes / math.log2(2 + min(shape.budget, sum(shape.widths)))
+
+    best = improve(STAGED, seconds, turns=1, deadline=NEVER)
+    assert seconds(best) < 0.9 * seconds(STAGED) and best.budget == 15 and best.rounds == (1, 1)
+    assert all(seconds(best) / seconds(other) <= 1.02 for other in neighbours(best))
+
+
+def test_the_search_ends_at_its_deadline_and_ignores_noise():
+    asked = []
+
+    def seconds(shape):
+        asked.append(shape)
+        return 1.0 / 1.01**shape.budget  # each step is worth less than counts
+
+    assert improve(chain(2), lambda shape: 1.0 if shape.budget != 3 else 0.99, 1, NEVER) == chain(2)
+    assert improve(chain(2), seconds, 1, deadline=time.monotonic() - 1) == chain(2) and not asked
+
+
+def test_both_shapes_of_a_comparison_begin_equally_often():
+    """A machine that becomes slower with every measurement favours neither; an outlier does not count."""
+    order, clock = [], iter([1.0, 1.1, 1.2, 1.3, 9.0, 1.4, 1.5, 1.6, 1.7, 1.8])
+
+    def seconds(shape):
+        order.append(shape.budget)
+        return next(clock)
+
+    assert ratio(chain(1), chain(2), seconds, 5) == pytest.approx(1.0, abs=0.1)
+    assert order == [1, 2, 2, 1, 1, 2, 2, 1, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    shapes = {"baseline": SpeculationConfig(), "speculative": chain(2), "tree": chain(3)}
+    return Plan(shapes, "speculative", {"runtime": "somewhere"}, {"baseline": 1.0, "speculative": 1.4, "tree": 1.2})
+
+
+def test_a_plan_survives_its_file(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "not a plan"),
+        ({"shapes": {"baseline": {"budget": -1}}}, "budget must be"),
+        ({"shapes": {"magic": {}}}, "one of them the fastest, got .'magic'"),
+        ({"fastest": "staged"}, "one of them the fastest"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(plan, tmp_path, change, message):
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    path.write_text("[]" if change is None else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        Plan.load(path)
+
+
+def test_a_decoder_follows_its_plan(plan, tmp_path):
+    """The planned shape for a method, the fastest for none; a plan for stages that are not there is refused."""
+    oracle, draft = hf_model(), hf_model(n_layer=1)
+    plan.save(tmp_path / "plan.json")
+    decoder = StagedDecoder.from_pretrained(oracle, draft, None, plan=tmp_path / "plan.json")
+    assert decoder.plan() == decoder.plan("speculative") == chain(2) and decoder.plan("tree") == chain(3)
+    stages = decoder.generate([1, 2, 3], max_new_tokens=6, ignore_eos=True).stats["stages"]
+    assert stages["draft"]["passes"] == 2 * stages["oracle"]["passes"]
+    with pytest.raises(ValueError, match="has no stage 'draft'"):
+        StagedDecoder.from_pretrained(oracle, None, None, plan=plan)
+
+
+def test_the_command_writes_a_plan_that_other_commands_take(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    few = ["def f(", "--max-new-tokens", "4"]
+    cli.main(["plan", *few, "--out", str(path), "--turns", "1", "--minutes", "0.02"])
+    found = Plan.load(path)
+    assert set(found.shapes) == {"baseline", "speculative", "tree", "staged"} and found.speedups["baseline"] == 1.0
+    assert found.speedups[found.fastest] == max(found.speedups.values())
+    texts = []
+    for flags in ([], ["--plan", str(path)]):
+        cli.main(["generate", *few, *flags])
+        texts.append(capsys.readouterr().out.splitlines()[-1])
+    assert texts[0] == texts[1]
+    with pytest.raises(SystemExit):
+        cli.main(["plan", *few, "--out", str(path), "--turns", "0"])
+    assert "--turns must be at least 1, got 0" in capsys.readouterr().err
