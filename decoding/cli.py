@@ -171,7 +171,13 @@ def run_compare(flags: argparse.Namespace) -> None:
     rows, outputs = compare(decoder, prompts, flags.max_new_tokens, sampling, hf)
     if flags.json:
         print(json.dumps(rows))
-        return
+    else:
+        _print_comparison(flags, decoder, prompts, sampling, rows, outputs)
+    if any(row["method"] != "HF generate" and row["identical"] != f"{len(prompts)} of {len(prompts)}" for row in rows):
+        raise SystemExit("methods differ: this is a bug")
+
+
+def _print_comparison(flags, decoder, prompts, sampling, rows, outputs) -> None:
     console = Console(highlight=False, soft_wrap=True, force_terminal=flags.color or None)
     if flags.color:
         styles = stage_styles([stage.name for stage in decoder.lower])
@@ -183,5 +189,3 @@ def run_compare(flags: argparse.Namespace) -> None:
     drawn = f"sampled, seed {sampling['seed']}" if sampling["do_sample"] else "greedy"
     conditions = f"{len(prompts)} prompts x {flags.max_new_tokens} tokens, {drawn}, batch 1, {decoder.runtime}"
     print_comparison(console, rows, f"{conditions}; passes are the oracle's")
-    if any(row["method"] != "HF generate" and row["identical"] != f"{len(prompts)} of {len(prompts)}" for row in rows):
-        raise SystemExit("methods differ: this is a bug")

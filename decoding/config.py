@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from kernels.layout import DEPTH_LIMIT, Sampling
 from kernels.reference import new_seed
 
-MAX_WIDTH = 1024  # nodes that one launch selects, rounds, and children
+MAX_WIDTH = 1024  # nodes that one launch selects, and rounds
+MAX_CHILDREN = 64  # that a stage ranks for a node
+LEAST_TEMPERATURE = 1e-30  # logits over less leave float32
 METHODS = ("baseline", "speculative", "tree", "staged")
 
 
@@ -23,7 +25,12 @@ class SamplingConfig:
     min_p: float = 0.0  # 0 = off
 
     def __post_init__(self):
-        _require_number("temperature", self.temperature, lambda value: value >= 0, "at least 0 and finite")
+        _require_number(
+            "temperature",
+            self.temperature,
+            lambda value: value == 0 or value >= LEAST_TEMPERATURE,
+            f"0 or at least {LEAST_TEMPERATURE} and finite",
+        )
         if self.top_k is not None:
             _require_integer("top_k", self.top_k, lambda value: value >= 0, "at least 0")
         _require_number("top_p", self.top_p, lambda value: 0 < value <= 1, "in (0, 1]")
@@ -57,14 +64,21 @@ class SpeculationConfig:
     shared_noise: bool = True
 
     def __post_init__(self):
-        for name in ("rounds", "widths", "children"):
+        for name in ("stages", "rounds", "widths", "children"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple | list):
+                raise ValueError(f"{name} must be a tuple, an entry per stage, got {values!r}")
+            object.__setattr__(self, name, tuple(values))  # a list cannot be hashed
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError(f"stages must differ, got {self.stages}")
+        for name, most in (("rounds", MAX_WIDTH), ("widths", MAX_WIDTH), ("children", MAX_CHILDREN)):
             values = getattr(self, name)
             if len(values) != len(self.stages):
                 raise ValueError(
                     f"{name} must have one entry per stage, got {len(values)} for {len(self.stages)} stages"
                 )
             for value in values:
-                _require_integer(name, value, lambda v: 1 <= v <= MAX_WIDTH, f"in [1, {MAX_WIDTH}]")
+                _require_integer(name, value, lambda v, most=most: 1 <= v <= most, f"in [1, {most}]")
         _require_integer("budget", self.budget, lambda v: 0 <= v < MAX_WIDTH, f"in [0, {MAX_WIDTH - 1}]")
         _require_integer("max_depth", self.max_depth, lambda v: 1 <= v <= DEPTH_LIMIT, f"in [1, {DEPTH_LIMIT}]")
         _require_number("tau", self.tau, lambda v: v > 0, "above 0")

@@ -1,10 +1,14 @@
 """The public entry point: load a chain of stages, generate text that is exactly the oracle's own."""
 
 import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from decoding import katz, text
@@ -62,6 +66,8 @@ class StagedDecoder:
         self.lower, self.oracle, self.tokenizer = lower, oracle, tokenizer
         self.runtime, self.execution = chosen, choose(lower, oracle, graphs)
         self._plan = plan
+        if plan and plan.conditions.get("runtime", chosen) != chosen:
+            warnings.warn(f"the plan was measured on {plan.conditions['runtime']}, this is {chosen}", stacklevel=3)
         for shape in plan.shapes.values() if plan else ():
             for name in shape.stages:
                 self._stage(name)
@@ -82,8 +88,11 @@ class StagedDecoder:
 
         ``oracle`` and ``draft`` are a hub id, a directory, or a ``GPT2LMHeadModel`` in memory; ``draft`` may be a list
         of them, cheapest first, for deeper chains. ``draft2`` is the directory of a table. "bundled" is the small trio
-        that comes with the package, "auto" its lower stages, None leaves a stage out. ``graphs``: whether an iteration
-        is captured in a CUDA graph and replayed; "auto" does so wherever it can be, with the triton backend on a GPU.
+        that comes with the package, "auto" its lower stages, None leaves a stage out. ``dtype`` "auto" is the one that
+        the device computes fast, bfloat16 where it has instructions for it and else float32, whatever the checkpoint's:
+        name the checkpoint's dtype to compare tokens with ``model.generate``. ``graphs``: whether an iteration is
+        captured in a CUDA graph and replayed; "auto" does so wherever it can be, with the triton backend on a GPU. The
+        first generation of each shape, with each temperature and each set of filters, captures one; eight are kept.
         ``plan``: the shapes that ``staged plan`` found fastest on this machine, for ``method``; None: the defaults.
         Raises ValueError with what to pass where a default does not exist, and for anything that cannot be loaded, does
         not fit together, or is not possible here.
@@ -132,7 +141,8 @@ class StagedDecoder:
         the same ones. ``seed=None`` draws a fresh seed, returned as ``out.seed``. ``eos_token_id=None`` is the
         checkpoint's own. ``streamer`` follows Hugging Face's protocol (``put``, ``end``).
 
-        Raises ValueError before any work for an argument outside its range, FloatingPointError for NaN logits.
+        Raises ValueError before any work for an argument outside its range, FloatingPointError for NaN logits,
+        RuntimeError where a stage is in use: one generation at a time, streamers and other threads included.
         """
         prompt_ids = self.encode(prompt)
         sampling = SamplingConfig(do_sample, temperature, top_k, top_p, min_p)
@@ -140,14 +150,17 @@ class StagedDecoder:
         limits = Limits(max_new_tokens, self._eos(eos_token_id, ignore_eos), _as_tuple(stop_strings))
         if limits.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need a tokenizer, and the oracle was loaded without one")
+        if method is not None and speculation is not None:
+            raise ValueError("give method, which names a shape, or speculation, which is one, not both")
         config = self.plan(method) if speculation is None else speculation
         lower = [self._stage(name) for name in config.stages]
         rule = sampling.with_seed(seed)
-        generation = Generation(lower, self.oracle, prompt_ids, rule, limits, config, self.execution)
-        try:
-            return self._drain(generation, prompt_ids, seed, limits.stop_strings, streamer)
-        finally:
-            generation.close()
+        with _exclusively([*lower, self.oracle]):
+            generation = Generation(lower, self.oracle, prompt_ids, rule, limits, config, self.execution)
+            try:
+                return self._drain(generation, prompt_ids, seed, limits.stop_strings, streamer)
+            finally:
+                generation.close()
 
     def _drain(self, generation, prompt_ids, seed, stop_strings, streamer) -> GenerateOutput:
         new, completion = [], None
@@ -184,7 +197,9 @@ class StagedDecoder:
                 raise ValueError("the oracle was loaded without a tokenizer: pass token ids, not text")
             ids = self.tokenizer.encode(prompt).ids
         else:
-            if isinstance(prompt, torch.Tensor) and (prompt.is_floating_point() or prompt.dim() > 2):
+            if isinstance(prompt, np.ndarray):
+                prompt = torch.from_numpy(prompt)
+            if isinstance(prompt, torch.Tensor) and (prompt.is_floating_point() or prompt.dim() not in (1, 2)):
                 raise ValueError(f"prompt must be token ids [n] or [1, n], got {prompt.dtype} {tuple(prompt.shape)}")
             ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
             if len(ids) == 1 and isinstance(ids[0], list):
@@ -231,6 +246,17 @@ class StagedDecoder:
             if method in self._plan.shapes:
                 return self._plan.shapes[method]
         return default_speculation(method, [stage.name for stage in self.lower])
+
+
+@contextmanager
+def _exclusively(stages: list[Stage]) -> Iterator[None]:
+    """Hold all ``stages``. Raises RuntimeError for one that another generation holds."""
+    with ExitStack() as held:
+        for stage in stages:
+            if not stage.in_use.acquire(blocking=False):
+                raise RuntimeError(f"stage {stage.name!r} is in use by another generation: load a decoder for each")
+            held.callback(stage.in_use.release)
+        yield
 
 
 def _load_stage(name: str, source: Any, chosen: runtime.Runtime):

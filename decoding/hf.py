@@ -17,6 +17,7 @@ from decoding.decoder import StagedDecoder
 
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+_UNREAD = ("token_type_ids", "inputs_embeds", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
 
 
 def staged_generate(
@@ -95,3 +96,12 @@ def _refuse_what_is_not_computed(input_ids, logits_processor, stopping_criteria,
     mask = kwargs.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         raise ValueError("staged_generate takes no padding: attention_mask must be all ones")
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.flatten().tolist() != list(range(input_ids.shape[1])):
+        raise ValueError("staged_generate counts positions from 0: position_ids must do so too")
+    for name in _UNREAD:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"staged_generate does not read {name}")
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError("staged_generate keeps a cache of its own: past_key_values must be empty")

@@ -4,6 +4,7 @@ What a pass needs (which committed tokens a stage has not seen, where K/V lies) 
 that stay where the operations run; nothing here reads one.
 """
 
+import threading
 import time
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -53,6 +54,7 @@ class Stage(Protocol):
     seconds: float  # time the host spent in them, prefill included
     bytes_moved: int  # weights, K/V and table rows of these passes, by arithmetic
     memory: tuple  # what passes read and write beside the shared state; all of it outlives a generation
+    in_use: threading.Lock  # held by the one generation that may use the stage
 
     def begin(self, prompt: list[int], tree_capacity: int) -> Lease | None:
         """Forget the last generation and read the prompt; None from a stage without a cache."""
@@ -114,6 +116,7 @@ class KatzStage(_Counters):
         self.name, self.table, self.ops = name, table, ops
         self.vocab_size, self.device = table.vocab_size, table.tokens.device
         self.recent = ops.new_recent(self.num_recent, self.recent_width, self.vocab_size, table.tokens.device)
+        self.in_use = threading.Lock()
         self._row_bytes = table.tokens.shape[1] * 8 + 16
         self.begin([], 0)
 
@@ -158,6 +161,7 @@ class GPT2Stage(_Counters):
         self.name, self.model = name, model
         self.vocab_size, self.context = model.config.vocab_size, model.config.n_positions
         self.cache, self.device = None, model.device
+        self.in_use = threading.Lock()
         weights = model.weights
         self._kv_bytes = self._row_bytes = 2 * model.config.n_layer * model.config.n_embd * weights.wte.element_size()
         self._pass_bytes = weights.bytes_per_pass

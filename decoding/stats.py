@@ -66,8 +66,9 @@ class Statistics:
         are those of all lower stages together. ``mean_acceptance_length`` = tokens per oracle pass, the oracle's own
         included. ``bytes_per_token`` is arithmetic: weights, K/V and table rows of all stages' passes. Prefill is in
         the seconds, not in passes and bytes. ``iteration`` is "eager" or "captured". ``seconds`` are "total" and, of
-        eager iterations, those that the host spent in each stage and outside of them all ("host"), which on a GPU are
-        the seconds it took to launch the work, not to do it; within a captured iteration the host sees no stage.
+        eager iterations, those that the host spent in each stage and outside of them all ("host"); within a captured
+        iteration the host sees no stage. Those and ``prefill_seconds`` are the host's clock: on a GPU the time it took
+        to launch the work, not to do it.
         """
         num_tokens = len(self.token_stages)
         per_stage = {}

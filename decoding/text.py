@@ -9,9 +9,12 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer whose files lie in ``directory``; None where there are none. Nothing is guessed or downloaded."""
     if (file := directory / "tokenizer.json").is_file():
         try:
-            return Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:
             raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
+        tokenizer.no_truncation()  # a file may keep both from training; transformers too sets them anew at every call
+        tokenizer.no_padding()
+        return tokenizer
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     if not (vocab.is_file() and merges.is_file()):
         return None

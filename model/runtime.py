@@ -67,5 +67,6 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the device has matrix or dot-product instructions for bfloat16."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

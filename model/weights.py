@@ -100,13 +100,18 @@ def load(source: Any, dtype: torch.dtype, device: torch.device | str) -> tuple[G
     """
     if hasattr(source, "state_dict"):
         config = GPT2Config.from_hf(source.config.to_dict())
-        return config, from_state_dict(config, source.state_dict(), dtype, device)
+        eos = getattr(getattr(source, "generation_config", None), "eos_token_id", None)
+        return _with_eos(config, eos), from_state_dict(config, source.state_dict(), dtype, device)
     source = Path(source)
     config = GPT2Config.from_hf(_read_json(source / "config.json"))
     generation = source / "generation_config.json"
-    if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
-        config = replace(config, eos_token_ids=eos_token_ids(eos, config.vocab_size))
-    return config, from_state_dict(config, _read_tensors(source), dtype, device)
+    eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    return _with_eos(config, eos), from_state_dict(config, _read_tensors(source), dtype, device)
+
+
+def _with_eos(config: GPT2Config, eos: int | list[int] | None) -> GPT2Config:
+    """The generation config's end-of-text tokens come before the model's, as in transformers."""
+    return config if eos is None else replace(config, eos_token_ids=eos_token_ids(eos, config.vocab_size))
 
 
 def _read_json(path: Path) -> dict:
@@ -161,7 +166,8 @@ def from_state_dict(
         _check_tensor(name, state[name], shape, dtype)
 
     def put(tensor: torch.Tensor) -> torch.Tensor:
-        return aligned(tensor.detach().to(device=device, dtype=dtype).contiguous())
+        moved = tensor.detach().to(device=device, dtype=dtype).contiguous()
+        return aligned(moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved)  # never the caller's own
 
     def layer(i: int) -> Layer:
         return Layer(

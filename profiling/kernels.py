@@ -275,7 +275,6 @@ def main() -> int:
     parser.add_argument("--budget-seconds", type=float, default=480)
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
-    parser.add_argument("--commit", help="what to record where the tree has no .git")
     parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU with the torch twins")
     parser.add_argument("--out", type=Path, default=Path("profiling/results"))
     flags = parser.parse_args()
@@ -292,7 +291,7 @@ def main() -> int:
             print("timing needs a GPU: `python -m profiling.aot --model` has modelled figures, --rehearse the flow")
             return 2
         device, shapes = torch.device("cuda" if gpu_here else "cpu"), [names[name] for name in flags.shapes]
-    keyed = about(device, flags.rehearse, flags.commit)
+    keyed = about(device, flags.rehearse)
     if not gpu_here and not flags.rehearse:
         dtype = torch.float16 if dtype == torch.bfloat16 else dtype  # the interpreter's bfloat16 is not to be trusted
         setting = Setting(device, dtype, ops, 100, 1, deadline, Rows(None, "", keyed))

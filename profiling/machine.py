@@ -1,5 +1,6 @@
 """What a row of results must carry: processor or GPU, versions, commit, command."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import torch
 import transformers
+
+COMMIT = "STAGED_COMMIT"  # environment variable that names the code where the tree has no .git
 
 
 def describe() -> dict[str, str | int]:
@@ -37,7 +40,7 @@ def _commit() -> str:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
         dirty = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT, "unknown")
     return head.strip() + (" + changes" if dirty.stdout.strip() else "")
 
 

@@ -75,8 +75,10 @@ def load(config: Config, shard: Shard) -> Session:
     decoders = ablations.load(config.oracle, drafts, tables, **choice)
     decoder = next(iter(decoders.values()))
     texts, source = prompt_texts(config)
-    context = decoder.oracle.model.config.n_positions
-    ids = [decoder.encode(text)[-(context - config.tokens) :] for text in texts]
+    if decoder.tokenizer is None:
+        raise ValueError("the oracle has no tokenizer, and prompts are text")
+    room = max(1, decoder.oracle.model.config.n_positions - config.tokens)
+    ids = [decoder.tokenizer.encode(text).ids[-room:] for text in texts]  # the end of a prompt that is too long
     skipped: dict[str, str] = {}
     model = decoder.oracle.model
     names = peers.defaults(model.device) if config.peers is None else config.peers

@@ -17,11 +17,9 @@ from profiling.timing import Timing, l2_bytes
 KEYS = ("device", "commit", "torch", "triton", "rehearsal")  # of the run, repeated in every line of the CSV
 
 
-def about(device: torch.device, rehearsal: bool, commit: str | None = None) -> dict[str, Any]:
-    """What the rows of a run are keyed by; ``commit`` names the code where the tree has no ``.git``."""
+def about(device: torch.device, rehearsal: bool) -> dict[str, Any]:
+    """What the rows of a run are keyed by."""
     described = {**machine.describe(), "triton": version("triton"), "rehearsal": rehearsal}
-    if described["commit"] == "unknown" and commit:
-        described["commit"] = commit
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         described |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": l2_bytes(device)}

@@ -175,7 +175,6 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--samples", type=int, default=40)
-    parser.add_argument("--commit", help="what to record where the tree has no .git")
     parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU with the torch twins")
     parser.add_argument("--out", type=Path, default=Path("profiling/results"))
     flags = parser.parse_args()
@@ -196,7 +195,7 @@ def main() -> int:
         for name, reason in wrong.items():
             print(f"draw, {name}: {reason or 'ok'}")
         return 1 if any(wrong.values()) else 0
-    keyed = about(device, flags.rehearse, flags.commit)
+    keyed = about(device, flags.rehearse)
     rows = Rows(flags.out, "sampler", {**keyed, "dtype": flags.dtype})
     with torch.no_grad():
         benchmark(rows, ops, sorted(flags.rows), dtype, device, 2 if flags.rehearse else flags.samples)

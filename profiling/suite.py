@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from profiling import machine
 from profiling.rows import about, write_whole
 from profiling.suite_report import write_report
 from profiling.suite_steps import ROOT, Step, plan
@@ -209,6 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
     if flags.mini:
         command.set_defaults(**MINI)
         flags = command.parse_args(arguments)
+    if flags.commit:
+        os.environ[machine.COMMIT] = flags.commit  # every step inherits it
     if not flags.mini and not torch.cuda.is_available():
         print("no GPU here: --mini runs the flow on a CPU", file=sys.stderr)
         return 2
@@ -220,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     steps = [step for step in steps if not flags.only or step.name in flags.only]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    facts = about(torch.device("cpu" if flags.mini else "cuda"), flags.mini, flags.commit)
+    facts = about(torch.device("cpu" if flags.mini else "cuda"), flags.mini)
     suite = Suite(flags.out, steps, facts)
     suite.rows = [row for row in suite.rows if row["step"] not in flags.again]
     try:

@@ -10,6 +10,7 @@ from profiling.rows import write_whole
 from profiling.suite_steps import Step
 
 MAX_BYTES = 15_000_000
+TESTS = ("tests", "tests-captured")  # steps whose output is pytest's
 TABLE_LINES, LOG_LINES = 150, 25
 WEIGHTS = (".safetensors", ".pt", ".npz", ".npy")
 PACKED = (".gz", ".png")
@@ -61,7 +62,7 @@ def summary(out: Path, document: dict, steps: list[Step], left_out: list[Path]) 
         f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}",
     ]
     lines[-1] += f", {facts['date']}; `{facts['command']}`"
-    failing = failing_tests(out / "logs" / "tests.txt")
+    failing = [test for name in TESTS for test in failing_tests(out / "logs" / f"{name}.txt")]
     failed = [name for name, row in latest.items() if row["status"] != "ok"]
     if failing or failed:
         lines += ["", "## Failures", *(f"- {test}" for test in failing)]
@@ -104,7 +105,7 @@ def failing_tests(log: Path) -> list[str]:
 def _tables(out: Path, name: str) -> list[str]:
     """The step's Markdown, or the end of its log where it wrote none."""
     log = out / "logs" / f"{name}.txt"
-    if name == "tests":
+    if name in TESTS:
         found = list(outcomes(log).values())
         return [", ".join(f"{found.count(kind)} {kind.lower()}" for kind in dict.fromkeys(found)) or "none has ended"]
     tables = sorted((out / name).rglob("*.md"))

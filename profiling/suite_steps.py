@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CAPTURED = "tests/test_gpu_capture.py"
 BUNDLED_FIRST = 0.2  # of the budget, for what is measured on the bundled models before larger ones exist
 
 
@@ -47,7 +48,12 @@ BUNDLED = Trio("bundled", "bundled", "auto", "auto")
 def plan(flags: argparse.Namespace) -> list[Step]:
     """All steps, most wanted first. ``flags`` are those of ``profiling.suite``."""
     seconds, out = flags.budget_minutes * 60, flags.out
-    steps = [_tests(flags), *_microbenchmarks(flags, seconds)]
+    # on real shapes; and captured iterations, which a CPU has only seen with a stand-in for the graph
+    chosen = (
+        (("tests/test_rows_of_a_pass.py",),) if flags.mini else (("tests", "-m", "gpu"), (CAPTURED, "-m", "not gpu"))
+    )
+    steps = [_tests(flags, name, *which) for name, which in zip(("tests", "tests-captured"), chosen, strict=False)]
+    steps += _microbenchmarks(flags, seconds)
     if flags.oracle:
         trio = Trio("given", flags.oracle, flags.draft, flags.draft2)
     else:
@@ -63,15 +69,13 @@ def plan(flags: argparse.Namespace) -> list[Step]:
     return steps
 
 
-def _tests(flags: argparse.Namespace) -> Step:
-    chosen = ("tests/test_rows_of_a_pass.py",) if flags.mini else ("tests", "-m", "gpu")
-    report = flags.out / "tests" / "junit.xml"
-    return Step("tests", ("-m", "pytest", *chosen, "-v", "--color=no", f"--junitxml={report}"), 0.4)
+def _tests(flags: argparse.Namespace, name: str, *chosen: str) -> Step:
+    report = flags.out / name / "junit.xml"
+    return Step(name, ("-m", "pytest", *chosen, "-v", "--color=no", f"--junitxml={report}"), 0.4)
 
 
 def _microbenchmarks(flags: argparse.Namespace, seconds: float) -> list[Step]:
     rehearsed = ("--rehearse", "--rows", "1") if flags.mini else ()
-    commit = ("--commit", flags.commit) if flags.commit else ()
 
     def folder(name: str) -> tuple[str, ...]:
         return ("--out", str(flags.out / name))
@@ -79,12 +83,12 @@ def _microbenchmarks(flags: argparse.Namespace, seconds: float) -> list[Step]:
     def budget(share: float) -> tuple[str, ...]:
         return ("--budget-seconds", f"{share * seconds:.0f}")
 
-    kernels = ("-m", "profiling.kernels", *folder("kernels"), *budget(0.22), *rehearsed, *commit)
-    sampler = ("-m", "profiling.sampler", *folder("sampler"), *rehearsed, *commit)
+    kernels = ("-m", "profiling.kernels", *folder("kernels"), *budget(0.22), *rehearsed)
+    sampler = ("-m", "profiling.sampler", *folder("sampler"), *rehearsed)
     steps = [Step("kernels", kernels + (("--no-flex",) if flags.mini else ()), 0.25), Step("sampler", sampler, 0.15)]
     if flags.tune:
         table = () if flags.mini else ("--table", str(flags.out / "tune" / "tuned.json"))
-        tune = ("-m", "profiling.tune", *folder("tune"), *budget(0.37), *rehearsed[:1], *table, *commit)
+        tune = ("-m", "profiling.tune", *folder("tune"), *budget(0.37), *rehearsed[:1], *table)
         steps.append(Step("tune", tune, 0.4))
     return steps
 

@@ -95,8 +95,10 @@ def measure_cuda(
     run = trace.device_run(found, out.stats, bytes_moved(decoder))
     calls = trace.blocking_calls(events, run.started, run.finished)
     decoding = untraced["seconds"]["total"] - untraced["prefill_seconds"]
-    facts = {f"host waits per iteration: {name}": count / run.num_iterations for name, count in calls.items()}
-    facts["host waits per iteration"] = calls.total() / run.num_iterations
+    facts = {
+        f"blocking driver calls per iteration: {name}": count / run.num_iterations for name, count in calls.items()
+    }
+    facts["blocking driver calls per iteration"] = calls.total() / run.num_iterations
     facts["kernels per iteration"] = len(run.spans) / run.num_iterations
     facts["milliseconds without a profiler"] = 1e3 * decoding / untraced["stages"]["oracle"]["passes"]
     return [run], facts

@@ -265,7 +265,6 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--budget-seconds", type=float, default=480)
     parser.add_argument("--table", type=Path, help="table to read and write instead of the package's own")
-    parser.add_argument("--commit", help="what to record where the tree has no .git")
     parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU with the torch twins")
     parser.add_argument("--out", type=Path, help="folder for a row per candidate and a copy of the table")
     flags = parser.parse_args()
@@ -280,7 +279,7 @@ def main() -> int:
     config.TABLE = flags.table or config.TABLE
     config._table.cache_clear()
     device = torch.device("cuda" if gpu_here and not (flags.model or flags.rehearse) else "cpu")
-    keyed = about(device, flags.rehearse, flags.commit)
+    keyed = about(device, flags.rehearse)
     if flags.model:
         keyed |= {"device": flags.arch, "processor": keyed["device"]}
     rows = Rows(flags.out, "tune-model" if flags.model else "tune", keyed)

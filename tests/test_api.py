@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, TextStreamer
 
-from decoding import StagedDecoder, cli, staged_generate
+from decoding import SpeculationConfig, StagedDecoder, cli, staged_generate
 from decoding.config import METHODS
+from decoding.text import load_tokenizer
 from tests.test_lossless import VOCAB, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -47,8 +49,33 @@ BAD = {
     "method": ({"method": "magic"}, "method must be one of"),
     "missing stage": ({"method": "staged"}, "needs draft2"),
     "eos": ({"eos_token_id": VOCAB}, "eos_token_id"),
+    "scalar prompt": ({"prompt": torch.tensor(5)}, r"token ids \[n\] or \[1, n\]"),
+    "temperature that no float32 survives": ({"temperature": 1e-38}, "temperature.*0 or at least 1e-30"),
+    "method and shape": ({"method": "tree", "speculation": SpeculationConfig()}, "not both"),
     "stop without tokenizer": ({"stop_strings": ["x"]}, "tokenizer"),
 }
+
+
+def test_prompts_of_any_kind_are_equal(tiny):
+    prompts = ([1, 2], torch.tensor([1, 2]), torch.tensor([[1, 2]]), np.array([1, 2]), np.array([[1, 2]]))
+    assert len({tuple(tiny.generate(prompt, max_new_tokens=4).new_token_ids) for prompt in prompts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stages": ("draft", "draft"), "rounds": (1, 1)}, "stages must differ"),
+        ({"children": (65,)}, r"children must be in \[1, 64\], got 65"),
+        ({"stages": "draft"}, "stages must be a tuple"),
+        ({"rounds": 2}, "rounds must be a tuple"),
+    ],
+)
+def test_shapes_that_cannot_run_are_refused(fields, message):
+    shape = {"stages": ("draft",), "rounds": (2,), "widths": (2,), "children": (2,), "budget": 4}
+    with pytest.raises(ValueError, match=message):
+        SpeculationConfig(**(shape | fields))
+    lists = SpeculationConfig(**{name: list(value) if name != "budget" else value for name, value in shape.items()})
+    assert hash(lists) == hash(SpeculationConfig(**shape)) and lists == SpeculationConfig(**shape)
 
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
@@ -196,6 +223,25 @@ def test_interruption_frees_pages_and_leaves_the_decoder_usable(tiny):
     assert tiny.generate([5, 6], max_new_tokens=20).new_token_ids == want
 
 
+class Meddling(Interrupting):
+    """A streamer that generates with the decoder it listens to."""
+
+    def __init__(self, decoder):
+        self.decoder = decoder
+
+    def put(self, value):
+        self.decoder.generate([7, 8], max_new_tokens=4)
+
+
+def test_a_stage_serves_one_generation_at_a_time(tiny):
+    """A second one on the same stages, which keep its state, is refused; afterwards all goes on."""
+    want = tiny.generate([5, 6], max_new_tokens=20).new_token_ids
+    for decoder in (tiny, StagedDecoder([], tiny.oracle)):
+        with pytest.raises(RuntimeError, match="in use by another generation"):
+            tiny.generate([5, 6], max_new_tokens=20, streamer=Meddling(decoder))
+    assert tiny.generate([5, 6], max_new_tokens=20).new_token_ids == want
+
+
 def test_nan_logits_are_reported(tiny):
     """A stage that breaks is named, with the place."""
     decoder = StagedDecoder.from_pretrained(tiny_model(0, 1), None, None, device="cpu", dtype="float32")
@@ -228,6 +274,21 @@ def test_custom_generate_of_transformers(arguments):
         run(custom_generate=function, repetition_penalty=1.5)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"token_type_ids": torch.tensor([[1, 1, 1]])}, "does not read token_type_ids"),
+        ({"position_ids": torch.tensor([[3, 4, 5]])}, "counts positions from 0"),
+        ({"inputs_embeds": torch.zeros(1, 3, 64)}, "does not read inputs_embeds"),
+    ],
+)
+def test_custom_generate_refuses_inputs_that_it_would_ignore(inputs, message):
+    model, ids = tiny_model(0, 2), torch.tensor([[5, 6, 7]])
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "pad_token_id": 0}
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, custom_generate=staged_generate(), **arguments, **inputs)
+
+
 def staged(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "decoding", *arguments], cwd=ROOT, capture_output=True, text=True)
 
@@ -255,6 +316,26 @@ def test_command_line_colour_and_compare(capsys):
 def test_command_line_errors_are_one_line_and_exit_two(arguments):
     run = staged(*arguments)
     assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr
+
+
+def test_a_decoder_may_be_loaded_in_inference_mode():
+    with torch.inference_mode():
+        decoder = StagedDecoder.from_pretrained()
+    assert len(decoder.generate("x", max_new_tokens=4).new_token_ids) == 4
+
+
+def test_what_a_tokenizer_file_keeps_of_training_is_not_applied(tmp_path):
+    """Truncation and padding in tokenizer.json would change prompts."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model" / "bundled" / "oracle")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=4)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded, prompts = load_tokenizer(tmp_path), ("x", "def add(first, second):")
+    assert [loaded.encode(prompt).ids for prompt in prompts] == [bundled_ids(prompt) for prompt in prompts]
+
+
+def bundled_ids(text: str) -> list[int]:
+    return load_tokenizer(ROOT / "model" / "bundled" / "oracle").encode(text).ids
 
 
 def test_inference_mode_of_the_caller_does_not_matter():

@@ -10,6 +10,7 @@ The side under test always starts from a cache whose free slots hold NaN: a read
 
 import functools
 import random
+import sys
 
 import pytest
 import torch
@@ -71,6 +72,18 @@ def test_number_of_rows(dtype, num_nodes):
     """Any number of nodes: two layers, three heads, rows on both sides of the tail borders at 48 and 64."""
     model, text, tree = tiny_gpt2(dtype, **MEDIUM), random_tokens(42), random_tree(num_nodes, seed=3)
     assert_same_rows(run_tree(model, text, tree), decode_paths(model, text, tree))
+
+
+@DTYPES
+@pytest.mark.parametrize("num_nodes", [1, 5, 23])
+def test_blocks_of_one_shape(dtype, num_nodes, monkeypatch):
+    """As attention runs on a GPU without Triton: every block padded to the same rows, and the same results nearly."""
+    model, text, tree = tiny_gpt2(dtype, **MEDIUM), random_tokens(150), random_tree(num_nodes, seed=3)
+    usual = run_tree(model, text, tree)
+    for module in ("attention", "route"):
+        monkeypatch.setattr(sys.modules[f"kernels.reference.{module}"], "one_shape", lambda device: True)
+    assert_same_rows(run_tree(model, text, tree), decode_paths(model, text, tree))
+    torch.testing.assert_close(run_tree(model, text, tree), usual, rtol=0.05, atol=0.05)
 
 
 @DTYPES

@@ -1,7 +1,7 @@
 """Captured iterations on the Triton backend: tokens, stages and statistics of eager ones, one capture for all seeds.
 
 In the interpreter the stand-in of ``recorded_graph`` replays by calling what it captured, on static buffers; with
-``-m gpu`` the same tests use CUDA graphs, and torch raises where the host would wait for the device.
+a GPU the same tests use CUDA graphs, and torch raises where the host would wait for the device.
 """
 
 from contextlib import contextmanager

@@ -98,6 +98,22 @@ def test_every_shape_of_speculation_gives_the_same_tokens(four_stages, sampling)
         assert outs["four stages"].stats["mean_acceptance_length"] > 1.3
 
 
+def test_methods_agree_on_two_threads():
+    """The number of threads may move bits, but those of all methods alike."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for dtype in ("float32", "bfloat16"):
+            decoder = StagedDecoder.from_pretrained(device="cpu", dtype=dtype)
+            texts = {
+                tuple(decoder.generate("class Stack:\n", 24, method=method, do_sample=True, seed=5).new_token_ids)
+                for method in METHODS
+            }
+            assert len(texts) == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_different_seeds_differ(four_stages):
     texts = {
         tuple(four_stages.generate([5], max_new_tokens=12, do_sample=True, seed=seed).new_token_ids)

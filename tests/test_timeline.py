@@ -259,7 +259,7 @@ def test_a_gpu_is_measured_from_two_traces(bundled, monkeypatch, tmp_path):
 
     monkeypatch.setattr(timeline, "profiled", profiled)
     runs, facts = timeline.measure_cuda(bundled, PROMPTS, 6, tmp_path / "trace.json", method="staged")
-    assert facts["host waits per iteration"] == pytest.approx(1 / 3) and facts["kernels per iteration"] == 6
+    assert facts["blocking driver calls per iteration"] == pytest.approx(1 / 3) and facts["kernels per iteration"] == 6
     parts = {row["part"]: 1e3 * row["milliseconds"] for row in timeline.part_rows(runs, "cuda")}
     assert parts["oracle: linear"] == pytest.approx(60) and parts["idle between iterations"] == pytest.approx(10)
     assert parts["idle inside iterations"] == pytest.approx(5) and parts["total"] == pytest.approx(113)

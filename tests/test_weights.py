@@ -288,6 +288,29 @@ def test_generation_config_names_the_end(copied, eos, expected):
     assert load32(directory)[0].eos_token_ids == expected
 
 
+def test_generation_config_of_a_model_in_memory_names_the_end():
+    model = hf_model()
+    model.generation_config.eos_token_id = [5, 7]
+    assert load32(model)[0].eos_token_ids == (5, 7)
+
+
+def test_a_later_change_of_the_model_changes_nothing():
+    """Weights are copies, those too that are already of the right dtype and layout."""
+    model = hf_model()
+    weights = load32(model)[1]
+    before = [tensor.clone() for tensor in tensors_of(weights)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0
+    assert all(torch.equal(now, then) for now, then in zip(tensors_of(weights), before, strict=True))
+
+
+def tensors_of(weights) -> list[torch.Tensor]:
+    """Every tensor of ``weights``, those of the layers too."""
+    whole = [value for value in vars(weights).values() if isinstance(value, torch.Tensor)]
+    return whole + [value for layer in weights.layers for value in vars(layer).values()]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES
 from kernels.reference.linear import agreeing_multiple
-from kernels.reference.route import Block, Route
+from kernels.reference.route import Block, Route, one_shape
 
 
 def tree_attention(
@@ -29,13 +29,15 @@ def tree_attention(
 
 def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.Tensor:
     """At most ROW_BLOCK rows: float32 [N, H * D]."""
-    live, heads, dim = q.shape
+    num_rows, heads, dim = q.shape
+    live = len(block.tail_slots)  # more than num_rows where all blocks have one shape
+    q = _padded(q.transpose(0, 1), live).transpose(0, 1)
     tail_rows, window_rows = block.head_rows(heads)
     queries = (q.float().transpose(0, 1) * scale).reshape(-1, 1, dim)  # [H * N, 1, D]
     scores = _each(queries, _gather(k_cache, tail_rows, TAIL_LANES).transpose(1, 2)).view(heads, live, TAIL_LANES)
     bias, windows = block.bias[:live], range(len(window_rows))
     if windows:
-        multiple = agreeing_rows(heads, dim, torch.get_num_threads())
+        multiple = ROW_BLOCK if one_shape(q.device) else agreeing_rows(heads, dim, torch.get_num_threads())
         rows = -(-live // multiple) * multiple
         by_head = _padded(queries.view(heads, live, dim), rows)
         keys = _gather(k_cache, window_rows.flatten(), SHARED_WINDOW).view(-1, heads, SHARED_WINDOW, dim)
@@ -52,7 +54,7 @@ def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.T
         mixed = mixed[:, :live].reshape(-1, 1, dim)
     weights = weights[:, :live, :TAIL_LANES].reshape(-1, 1, TAIL_LANES)
     mixed = mixed + _each(weights, _gather(v_cache, tail_rows, TAIL_LANES))
-    return mixed.view(heads, live, dim).transpose(0, 1).reshape(live, -1)
+    return mixed.view(heads, live, dim).transpose(0, 1)[:num_rows].reshape(num_rows, -1)
 
 
 def _gather(cache: torch.Tensor, rows: torch.Tensor, lanes: int) -> torch.Tensor:

@@ -12,13 +12,14 @@ from kernels.reference.tree import in_numpy
 
 def new_recent(num_buckets: int, width: int, vocab_size: int, device: torch.device | str = "cpu") -> RecentTable:
     """An empty table for the ``width`` best successors of each context."""
-    return RecentTable(
-        keys=torch.full((num_buckets,), -1, dtype=torch.int64, device=device),
-        tokens=torch.zeros(num_buckets, width, dtype=torch.int32, device=device),
-        log_probs=torch.full((num_buckets, width), -math.inf, device=device),
-        log_rest=torch.zeros(num_buckets, device=device),
-        vocab_size=vocab_size,
-    )
+    with torch.inference_mode(False):  # it outlives the generation that made it
+        return RecentTable(
+            keys=torch.full((num_buckets,), -1, dtype=torch.int64, device=device),
+            tokens=torch.zeros(num_buckets, width, dtype=torch.int32, device=device),
+            log_probs=torch.full((num_buckets, width), -math.inf, device=device),
+            log_rest=torch.zeros(num_buckets, device=device),
+            vocab_size=vocab_size,
+        )
 
 
 def lookup_nodes(

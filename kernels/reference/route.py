@@ -30,7 +30,7 @@ def embed(
 class Block:
     """What up to ROW_BLOCK rows read: each row's own tail, then W windows of SHARED_WINDOW consecutive positions."""
 
-    rows: slice  # N of them; R is N made a multiple of ROW_MULTIPLE
+    rows: slice  # N of them, on a GPU padded to ROW_BLOCK; R is N made a multiple of ROW_MULTIPLE
     tail_slots: torch.Tensor  # int64 [N, TAIL_LANES]
     window_slots: torch.Tensor  # int64 [W, SHARED_WINDOW], in position order
     bias: torch.Tensor  # float32 [R, TAIL_LANES + W * SHARED_WINDOW], 0 or, for a dead lane, -inf
@@ -78,8 +78,10 @@ def route(
     for start in range(0, len(positions), ROW_BLOCK):
         rows = slice(start, min(start + ROW_BLOCK, len(positions)))
         slots, alive = _windows(page_table, page_size, sequences[rows], ends[rows])
-        bias = _bias(tails[rows] >= page_size, alive)
-        blocks.append(Block(rows, put(tails[rows], np.int64), put(slots, np.int64), put(bias, np.float32)))
+        tail, bias = tails[rows], _bias(tails[rows] >= page_size, alive)
+        if one_shape(device):
+            tail, bias = (_with_rows(part, fill) for part, fill in ((tail, NULL_PAGE), (bias, 0.0)))
+        blocks.append(Block(rows, put(tail, np.int64), put(slots, np.int64), put(bias, np.float32)))
     write_rows = np.flatnonzero(slot_mapping >= 0)
     every = None if len(write_rows) == len(slot_mapping) else put(write_rows, np.int64)
     return Route(every, put(slot_mapping[write_rows], np.int64), blocks)
@@ -128,6 +130,16 @@ def _bias(*alive: np.ndarray) -> np.ndarray:
     bias = np.zeros((-(-len(lanes) // ROW_MULTIPLE) * ROW_MULTIPLE, lanes.shape[1]), dtype=np.float32)
     bias[: len(lanes)][~lanes] = -np.inf
     return bias
+
+
+def one_shape(device: torch.device) -> bool:
+    """Whether every block is padded to ROW_BLOCK rows: on a GPU, where nobody finds out which shapes agree."""
+    return device.type != "cpu"
+
+
+def _with_rows(array: np.ndarray, fill: float) -> np.ndarray:
+    """``array`` [n, ...] with rows of ``fill`` below, [ROW_BLOCK, ...]."""
+    return np.concatenate([array, np.full((ROW_BLOCK - len(array), *array.shape[1:]), fill, dtype=array.dtype)])
 
 
 def _on_host(tensor: torch.Tensor) -> np.ndarray:
