@@ -135,17 +135,17 @@ def test_the_archive_stays_small(tmp_path):
 def test_the_plan_without_models_trains_them(tmp_path):
     """A chain of GPT-2 Large's shape is trained between the microbenchmarks and what is measured with it."""
     names = [step.name for step in plan(flags(tmp_path))]
-    assert names[:4] == ["tests", "kernels", "sampler", "timeline-bundled"]
-    assert names[4:7] == ["train-oracle", "train-draft", "build-draft2"]
-    assert names[7:] == ["timeline-trained", "latency-trained", "paper-trained", "latency-bundled", "paper-bundled"]
-    oracle = plan(flags(tmp_path))[4].arguments
+    assert names[:5] == ["tests", "tests-captured", "kernels", "sampler", "timeline-bundled"]
+    assert names[5:8] == ["train-oracle", "train-draft", "build-draft2"]
+    assert names[8:] == ["timeline-trained", "latency-trained", "paper-trained", "latency-bundled", "paper-bundled"]
+    oracle = plan(flags(tmp_path))[5].arguments
     sizes = dict(zip(oracle, oracle[1:], strict=False))
     assert (sizes["--layers"], sizes["--width"], sizes["--minutes"]) == ("36", "1280", "3")
 
 
 def test_the_plan_with_models_uses_them(tmp_path):
     steps = plan(flags(tmp_path, "--oracle", "gpt2-large", "--draft", "distilgpt2", "--tune"))
-    assert [step.name for step in steps][:5] == ["tests", "kernels", "sampler", "tune", "timeline-given"]
+    assert [step.name for step in steps[1:6]] == ["tests-captured", "kernels", "sampler", "tune", "timeline-given"]
     assert not any(step.name.startswith(("train", "build")) for step in steps)
     paper = next(step for step in steps if step.name == "paper-given").arguments
     assert "distilgpt2" in paper and "--draft2" not in paper
