@@ -122,7 +122,7 @@ def main() -> None:
     decoders = {}
     for draft in flags.draft or [str(BUNDLED / "draft")]:
         for draft2 in flags.draft2 or [str(BUNDLED / "draft2")]:
-            name = f"{Path(draft2).name} + {Path(draft).name}"
+            name = " + ".join("/".join(Path(source).parts[-2:]) for source in (draft2, draft))
             decoders[name] = StagedDecoder.from_pretrained(flags.oracle, draft, draft2)
     decoder = next(iter(decoders.values()))
     texts = prompts.mbpp(flags.prompts, flags.count) if flags.prompts else list(DEMO_PROMPTS)
