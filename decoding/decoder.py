@@ -90,12 +90,12 @@ class StagedDecoder:
             raise ValueError(
                 f"dtype must be a float, the oracle's is its promise: draft_quantization={dtype!r} is for drafts"
             )
+        if draft_quantization is not None and not draft:
+            raise ValueError(f"draft_quantization={draft_quantization!r} needs a draft, and there is none")
         chosen = runtime.resolve(device, dtype, backend)
         oracle_stage, tokenizer = _load_stage("oracle", oracle, chosen)
         drafts = [_default(draft, "draft", oracle)] if not isinstance(draft, list | tuple) else list(draft)
         drafts = [source for source in drafts if source is not None]
-        if draft_quantization is not None and not drafts:
-            raise ValueError(f"draft_quantization={draft_quantization!r} needs a draft, and there is none")
         lower: list[Stage] = []
         table = _default(draft2, "draft2", oracle)
         if table is not None:

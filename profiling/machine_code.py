@@ -240,7 +240,8 @@ def _loads(loads: collections.Counter) -> dict[str, int]:
 def _streamed_lines() -> frozenset[tuple[str, int]]:
     """(file, line) of every ``tl.load`` in ``kernels/gpu`` whose address starts from a pointer in STREAMED.
 
-    Down to the end of the address: where a loop of one step is folded, the compiler names the line of its arithmetic.
+    All lines of the call: where a loop of one step is folded, the compiler names the line of the address's arithmetic,
+    or of what dead lanes hold.
     """
     found = set()
     for path in Path(gpu.__file__).parent.glob("*.py"):
@@ -248,5 +249,5 @@ def _streamed_lines() -> frozenset[tuple[str, int]]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
                 names = {name.id for name in ast.walk(node.args[0]) if isinstance(name, ast.Name)}
                 if names & STREAMED:
-                    found |= {(str(path), line) for line in range(node.lineno, node.args[0].end_lineno + 1)}
+                    found |= {(str(path), line) for line in range(node.lineno, node.end_lineno + 1)}
     return frozenset(found)

@@ -80,7 +80,7 @@ def default_linear_tiles(
     if arch in ("sm_90", "sm_100"):
         return LinearTiles(64, 64, 128, cut(64, 128), 4, 4)
     # within the 99 KiB of shared memory of sm_86, sm_89, sm_120
-    return LinearTiles(64, 64, 64, cut(64, 64), 4, 4, all_registers=True)
+    return LinearTiles(64, 64, 64, cut(64, 64), 4, 4, all_registers=not quantized)
 
 
 def _splits(num_tiles: int, num_steps: int, num_programs: int, least: int) -> int:
