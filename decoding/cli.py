@@ -13,7 +13,7 @@ from decoding.config import METHODS
 from decoding.decoder import BUNDLED, StagedDecoder
 from decoding.display import coloured, legend, print_comparison, stage_styles
 from decoding.planner import search
-from model import weights
+from model import quantization, weights
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
 
@@ -82,6 +82,9 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--draft", default="auto", help="hub id or directory; 'none' for no draft")
     command.add_argument("--draft2", default="auto", help="directory of a table; 'none' for no draft2")
     command.add_argument("--plan", type=Path, metavar="FILE", help="shapes that 'staged plan' found on this machine")
+    command.add_argument(
+        "--draft-quantization", choices=quantization.SCHEMES, help="keep the draft's weights in 8 bits; the text stays"
+    )
     command.add_argument("--device", default="auto")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
     command.add_argument("--backend", default="auto")
@@ -98,15 +101,8 @@ def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
     lower = {
         name: None if value == "none" else value for name, value in (("draft", flags.draft), ("draft2", flags.draft2))
     }
-    return StagedDecoder.from_pretrained(
-        flags.oracle,
-        **lower,
-        device=flags.device,
-        dtype=flags.dtype,
-        backend=flags.backend,
-        graphs=flags.graphs,
-        plan=flags.plan,
-    )
+    names = ("device", "dtype", "backend", "graphs", "plan", "draft_quantization")
+    return StagedDecoder.from_pretrained(flags.oracle, **lower, **{name: getattr(flags, name) for name in names})
 
 
 def _refuse_unused(flags: argparse.Namespace) -> None:

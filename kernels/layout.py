@@ -9,7 +9,8 @@ A tree never grows deeper than DEPTH_LIMIT, so a shared key is committed in ever
 the same key of the same query always falls into the same lane of the same product, whatever the tree looks like.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +32,30 @@ ALIGNMENT = 16  # bytes; a less aligned pointer would select another binary, wit
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor``, or a copy where it does not start at a multiple of ALIGNMENT, as views of files may not."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix [M, K] in 8 bits: element (m, k) is ``values[m, k] * scales[m]``.
+
+    A product sums x times the integers in float32 and multiplies the sum by the row's scale, then adds the bias.
+    """
+
+    values: Any  # int8 [M, K], or the same integers as a backend reads them fastest
+    scales: torch.Tensor  # float32 [M]
+    ndim = 2
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def numel(self) -> int:
+        return self.values.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the integers in 8 bits, whichever way they are kept, and the scales."""
+        return self.numel() + self.scales.nbytes
 
 
 def shared_end(positions: torch.Tensor) -> torch.Tensor:

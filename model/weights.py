@@ -20,7 +20,10 @@ _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer block; matrices are [out, in], the transpose of the checkpoint's."""
+    """One transformer block; matrices are [out, in], the transpose of the checkpoint's.
+
+    A model's own are as its backend reads them: ``Quantized``, or packed by ``ops.packed``, with shape and bytes.
+    """
 
     ln_1_weight: torch.Tensor  # [C]
     ln_1_bias: torch.Tensor  # [C]
@@ -47,7 +50,7 @@ class GPT2Weights:
     ln_f_bias: torch.Tensor  # [C]
     lm_head: torch.Tensor  # [V, C], wte itself where the head is tied
 
-    def map_matrices(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "GPT2Weights":
+    def map_matrices(self, function: Callable[[Any], Any]) -> "GPT2Weights":
         """These weights with ``function`` applied to every matrix of a linear layer; the embeddings stay."""
 
         def mapped(layer: Layer) -> Layer:
@@ -70,10 +73,8 @@ class GPT2Weights:
     @property
     def bytes_per_pass(self) -> int:
         """Bytes of weights that one pass streams: all but the embedding rows it does not look up."""
-        streamed = self.num_parameters - self.wpe.numel()
-        if self.lm_head is not self.wte:
-            streamed -= self.wte.numel()
-        return streamed * self.wte.element_size()
+        looked_up = (self.wpe,) if self.lm_head is self.wte else (self.wpe, self.wte)
+        return sum(tensor.nbytes for tensor in self.tensors() if all(tensor is not table for table in looked_up))
 
 
 def locate(source: str | Path) -> Path:

@@ -78,9 +78,17 @@ class Row(NamedTuple):
 
 
 def collect(
-    archs: list[str], shapes: list[str], dtypes: list[str], head_dims: list[int], draws: bool = False
+    archs: list[str],
+    shapes: list[str],
+    dtypes: list[str],
+    head_dims: list[int],
+    draws: bool = False,
+    quantized: bool = False,
 ) -> tuple[list[Job], list[str]]:
-    """One job per binary of these combinations, and a line for each operation whose binary depends on N."""
+    """One job per binary of these combinations, and a line for each operation whose binary depends on N.
+
+    ``quantized``: of the linear layers alone, with weights in 8 bits.
+    """
     jobs: dict[tuple, Job] = {}
     problems = []
     combinations = [(a, d, s, h) for a in archs for d in dtypes for s in shapes for h in head_dims]
@@ -92,13 +100,16 @@ def collect(
         for num_rows in (*ROWS, shape.positions):
             prefix = "prefill " if num_rows > max(ROWS) else ""
             try:
-                recorded = launches(shape, num_rows, DTYPES[dtype], arch, draws and not prefix)
+                recorded = launches(shape, num_rows, DTYPES[dtype], arch, draws and not prefix, quantized)
             except ValueError as error:
                 job = Job(arch, dtype, name, head_dim, f"{prefix}pass of {num_rows} rows", None, str(error))
                 jobs[job] = job
                 continue
+            if quantized:
+                recorded = [(operation, launch) for operation, launch in recorded if "scales_ptr" in launch.arguments]
             for operation, launch in recorded:
-                source, op = source_of(launch, arch), prefix + operation.name.removeprefix("prefill_")
+                op = prefix + operation.name.removeprefix("prefill_") + ", int8" * quantized
+                source = source_of(launch, arch)
                 keys[op, source.kernel].add(source.key)
                 jobs.setdefault((arch, source.key), Job(arch, dtype, name, head_dim, op, source))
         where = f"{arch} {dtype} {name} head_dim {head_dim}"
@@ -246,15 +257,19 @@ def jobs_for(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
     """What the arguments ask for. Heads of 128 change attention alone, float16 has the tiles of bfloat16: by default
     GPT-2 Large stands for all shapes there."""
     archs, shapes = args.arch or list(TARGETS), args.shapes or list(ALL_SHAPES)
-    large, hopper = [name for name in shapes if name == "large"], [arch for arch in archs if arch == "sm_90"]
+    large, drafts = ([name for name in shapes if name in chosen] for chosen in (["large"], ["small", "draft"]))
+    hopper = [arch for arch in archs if arch == "sm_90"]
     if args.reduced:
         parts = [(archs, large, ["bfloat16"], [64]), (hopper, large, ["float32"], [64])]
         parts.append((hopper, large, ["float16"], [128], True))
+        parts.append((hopper, drafts[-1:], ["bfloat16"], [64], False, True))
     elif args.dtypes or args.head_dims:
         parts = [(archs, shapes, args.dtypes or list(DTYPES), args.head_dims or list(HEAD_DIMS), True)]
     else:
         parts = [(archs, shapes, ["bfloat16", "float32"], [64], True)]
         parts.append((archs, large, list(DTYPES), list(HEAD_DIMS), True))
+        parts.append((archs, drafts, ["bfloat16"], [64], False, True))
+        parts.append((hopper, drafts, ["float32"], [64], False, True))
     jobs, problems = {}, []
     collected = [collect(*part) for part in parts]
     if args.reduced or args.complete:

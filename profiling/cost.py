@@ -153,7 +153,9 @@ def _linear(launch: Launch, text_length: int) -> Traffic:
     row_tiles, tiles, _ = launch.grid
     n, size = given["x_ptr"].shape[0], given["x_ptr"].element_size()
     normed, residual = given["norm_weight_ptr"] is not None, given["residual_ptr"] is not None
-    weights, x, out = m * k * size, n * k * size, n * m * size * (2 if residual else 1)
+    weight_size = given["weight_ptr"].element_size()
+    weights, x, out = m * k * weight_size, n * k * size, n * m * size * (2 if residual else 1)
+    weights += given["scales_ptr"].nbytes if "scales_ptr" in given else 0
     steps = math.ceil(math.ceil(k / depth) / splits)
     partial = 2 * 4 * splits * n * m if splits > 1 else 0
     moments = given["moments_ptr"].nbytes * tiles * splits if normed else 0  # each program reads those of its rows
@@ -162,7 +164,7 @@ def _linear(launch: Launch, text_length: int) -> Traffic:
         dram_bytes=weights + x + out,
         l2_bytes=row_tiles * weights + tiles * x + partial + moments + out,
         flops=2 * row_tiles * tile_rows * m * k,
-        in_flight=min(steps, max(1, launch.options["num_stages"] - 1)) * outputs * depth * size,
+        in_flight=min(steps, max(1, launch.options["num_stages"] - 1)) * outputs * depth * weight_size,
         l2_trips=int(normed) + (3 if splits > 1 else 0) + 1,
         dram_trips=1,
     )
@@ -219,16 +221,17 @@ _TRAFFIC: dict[str, Callable[[Launch, int], Traffic]] = {
 }
 
 
-def model_table(arch: str, num_rows: int, shape: Shape = SHAPES["large"]) -> str:
-    """Text: what each operation of a bfloat16 pass of ``num_rows`` rows should cost, and the pass."""
-    machine = MACHINES[arch]
+def model_table(arch: str, num_rows: int, shape: Shape = SHAPES["large"], quantized: bool = False) -> str:
+    """Text: what each operation of a bfloat16 pass of ``num_rows`` rows should cost, and the pass; with weights in 8
+    bits if ``quantized``."""
+    machine, dtypes = MACHINES[arch], "bfloat16, int8 weights" if quantized else "bfloat16"
     lines = [
-        f"MODELLED, not measured: {shape.name}, bfloat16, N = {num_rows}, {machine.name} ({arch}), 512 tokens",
+        f"MODELLED, not measured: {shape.name}, {dtypes}, N = {num_rows}, {machine.name} ({arch}), 512 tokens",
         f"{'operation':<18}{'x':>3}{'us':>8}{'serial':>8}{'DRAM MB':>9}{'L2 MB':>8}{'fit':>5}{'grid':>6}"
         f"{'rounds':>8}{'of copy':>9}  bound",
     ]
     seconds = moved = 0.0
-    for operation, launch in launches(shape, num_rows, torch.bfloat16, arch):
+    for operation, launch in launches(shape, num_rows, torch.bfloat16, arch, quantized=quantized):
         if not operation.repeats:
             continue
         report = try_compile(source_of(launch, arch), arch)

@@ -63,12 +63,19 @@ class Source(NamedTuple):
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], list]
     options: dict[str, int | bool]
+    unset: frozenset[str] = frozenset()  # parameters at their default
 
     @property
     def key(self) -> str:
-        """Twelve hexadecimal digits of a hash of all of it, the same for every version of Triton."""
+        """Twelve hexadecimal digits of a hash of all of it, the same for every version of Triton.
+
+        Parameters at their default are left out, so that a new one changes no key.
+        """
+        signature = {name: kind for name, kind in self.signature.items() if name not in self.unset}
+        unset = {place for place, name in enumerate(self.signature) if name in self.unset}
+        constants = {place: value for place, value in self.constants.items() if place[0] not in unset}
         given = {place: attribute for place, attribute in self.attributes.items() if attribute}
-        fields = self._replace(attributes=given)
+        fields = (self.module, self.kernel, signature, constants, given, self.options)
         return hashlib.sha256(json.dumps([str(field) for field in fields]).encode()).hexdigest()[:12]
 
     def constant(self, name: str) -> Any:
@@ -96,15 +103,15 @@ class Report(NamedTuple):
 
 
 def launches(
-    shape: Shape, num_rows: int, dtype: torch.dtype, arch: str, draws: bool = False
+    shape: Shape, num_rows: int, dtype: torch.dtype, arch: str, draws: bool = False, quantized: bool = False
 ) -> list[tuple[Operation, Launch]]:
     """Every launch of a pass under its operation, the output head with and without maxima; errors of the ops pass.
 
-    ``draws`` adds sampling from its logits, under each of DRAWS.
+    ``draws`` adds sampling from its logits, under each of DRAWS; ``quantized`` keeps matrices in 8 bits.
     """
     with record(arch):
-        found = operations(shape, num_rows, dtype, "meta", gpu)
-        maxima = operations(shape, num_rows, dtype, "meta", gpu, tile_maxima=True)[-1]
+        found = operations(shape, num_rows, dtype, "meta", gpu, quantized=quantized)
+        maxima = operations(shape, num_rows, dtype, "meta", gpu, tile_maxima=True, quantized=quantized)[-1]
     found.append(maxima._replace(name="lm_head, maxima", repeats=0))
     if draws:
         padded = triton.cdiv(shape.vocab, VOCAB_TILE) * VOCAB_TILE
@@ -127,7 +134,8 @@ def source_of(launch: Launch, arch: str) -> Source:
     given = {**launch.arguments, **launch.constants, **launch.options}
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(**given)
     _, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, options)
-    return Source(kernel.__module__, kernel.__name__, signature, constants, attributes, launch.options)
+    unset = frozenset(param.name for param in kernel.params if param.has_default and param.name not in given)
+    return Source(kernel.__module__, kernel.__name__, signature, constants, attributes, launch.options, unset)
 
 
 def binary_of(source: Source, arch: str) -> Any:
@@ -232,7 +240,8 @@ def _loads(loads: collections.Counter) -> dict[str, int]:
 def _streamed_lines() -> frozenset[tuple[str, int]]:
     """(file, line) of every ``tl.load`` in ``kernels/gpu`` whose address starts from a pointer in STREAMED.
 
-    Down to the end of the address: where a loop of one step is folded, the compiler names the line of its arithmetic.
+    All lines of the call: where a loop of one step is folded, the compiler names the line of the address's arithmetic,
+    or of what dead lanes hold.
     """
     found = set()
     for path in Path(gpu.__file__).parent.glob("*.py"):
@@ -240,5 +249,5 @@ def _streamed_lines() -> frozenset[tuple[str, int]]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
                 names = {name.id for name in ast.walk(node.args[0]) if isinstance(name, ast.Name)}
                 if names & STREAMED:
-                    found |= {(str(path), line) for line in range(node.lineno, node.args[0].end_lineno + 1)}
+                    found |= {(str(path), line) for line in range(node.lineno, node.end_lineno + 1)}
     return frozenset(found)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.layout import DEPTH_LIMIT, MAX_ROWS, MOMENT_PART, TAIL_LANES, VOCAB_TILE
+from model.quantization import quantize_matrix
 
 MAX_DEPTH = 12  # of the trees made here
 EPS = 1e-5
@@ -71,13 +72,15 @@ def operations(
     ops: ModuleType,
     text_length: int = 512,
     tile_maxima: bool = False,
+    quantized: bool = False,
 ) -> list[Operation]:
     """The operations of one layer, and what surrounds the layers, on random weights, in the order of a pass.
 
     Up to MAX_ROWS rows are a random tree (depth <= MAX_DEPTH, the same for the same ``num_rows``) whose root is the
     last of ``text_length`` committed tokens; more rows are the prefill of a prompt, from position 0. ``ops`` is
-    ``kernels.gpu`` or ``kernels.reference``; ``tile_maxima`` asks the output head for them too. On the device "meta"
-    call this inside ``record``: it routes the rows once. Raises ValueError for more positions than the shape has.
+    ``kernels.gpu`` or ``kernels.reference``; ``tile_maxima`` asks the output head for them too; ``quantized`` keeps
+    matrices in 8 bits. On the device "meta" call this inside ``record``: it routes the rows once. Raises ValueError
+    for more positions than the shape has.
     """
     c, vocab, size = shape.width, shape.vocab, dtype.itemsize
     rows = _prefill_rows(shape, num_rows) if num_rows > MAX_ROWS else _tree_rows(shape, num_rows, text_length)
@@ -93,7 +96,8 @@ def operations(
     q = q.view(num_rows, shape.heads, shape.head_dim)
     k, v = (rand(1 + shape.positions + MAX_ROWS, shape.heads, shape.head_dim) for _ in range(2))
     wte, wpe, norm = rand(vocab, c), rand(shape.positions, c), (rand(c), rand(c), EPS)
-    attn_w, proj_w, fc_w, mlp_w = rand(3 * c, c), rand(c, c), rand(4 * c, c), rand(c, 4 * c)
+    matrices = rand(3 * c, c), rand(c, c), rand(4 * c, c), rand(c, 4 * c), wte
+    attn_w, proj_w, fc_w, mlp_w, head_w = map(quantize_matrix, matrices) if quantized else matrices
     attn_b, proj_b, fc_b = rand(3 * c), rand(c), rand(4 * c)
     parts = x.float().unflatten(1, (-1, MOMENT_PART))
     mean = parts.mean(2)
@@ -107,7 +111,8 @@ def operations(
         return ops.route(page_table, 1, *(where[name] for name in order))
 
     def linear(name: str, call: Callable, m: int, depth: int, repeats: int, normed: bool, values: int) -> Operation:
-        parameters = size * (m * depth + (m if name != "lm_head" else 0) + (2 * depth if normed else 0))
+        matrix = m * depth + 4 * m if quantized else m * depth * size
+        parameters = matrix + size * ((m if name != "lm_head" else 0) + (2 * depth if normed else 0))
         return Operation(name, call, repeats, parameters, parameters + size * values, 2 * num_rows * m * depth)
 
     route, layers, n = resolve(), shape.layers, num_rows
@@ -155,7 +160,7 @@ def operations(
         ),
         linear(
             "lm_head",
-            lambda: ops.lm_head(x, *norm, wte, **({"tile_maxima": maxima} if tile_maxima else {})),
+            lambda: ops.lm_head(x, *norm, head_w, **({"tile_maxima": maxima} if tile_maxima else {})),
             *(vocab, c, 1, True, n * (c + vocab)),
         ),
     ]

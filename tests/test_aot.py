@@ -17,6 +17,7 @@ from kernels.gpu.config import LinearTiles
 from kernels.gpu.launch import record
 from kernels.gpu.linear import linear
 from kernels.layout import MOMENT_PART
+from model.quantization import quantize_matrix
 from profiling.aot import Job, Row, gate_failures
 from profiling.aot_snapshot import differences
 from profiling.cost import LAUNCH, MACHINES, modelled_seconds, occupancy
@@ -64,7 +65,7 @@ def test_every_kernel_compiles_and_passes_its_gates():
     assert {row["arch"] for row in rows} == set(MACHINES)
     assert {row["dtype"] for row in rows} >= {"bfloat16", "float16", "float32"}
     ops = ("route", "layer_norm_qkv", "tree_attention", "mlp_proj", "lm_head", "prefill attention", "draw top-k")
-    for op in (*ops, "verify_and_commit"):
+    for op in (*ops, "verify_and_commit", "mlp_proj, int8", "lm_head, maxima, int8", "prefill attn_proj, int8"):
         assert any(row["op"] == op for row in rows), op
 
 
@@ -137,6 +138,14 @@ def test_a_change_from_the_snapshot_is_reported(change, line):
     assert any(line in found for found in differences([before | change], [before], complete=False))
 
 
+def test_a_parameter_at_its_default_is_not_part_of_the_key():
+    """A kernel may gain an optional parameter and every binary that does without it keeps its place in the snapshot."""
+    before = row().job.source
+    options = {"signature": before.signature | {"scales_ptr": "constexpr"}, "constants": {(1,): 64, (2,): None}}
+    assert before._replace(**options, unset=frozenset({"scales_ptr"})).key == before.key
+    assert before._replace(**options).key != before.key
+
+
 def test_what_may_change_is_not_reported():
     before = row().as_json()
     after = before | {"registers": 176, "instructions": 1, "seconds": 9.0, "matrix": {"HGMMA": 80}}
@@ -165,11 +174,12 @@ def test_occupancy_by_hand(change, num_warps, arch, programs):
     assert occupancy(GOOD._replace(**change), num_warps, arch) == programs
 
 
-def modelled(num_outputs: int, depth: int, tiles: LinearTiles, norm: bool = False):
+def modelled(num_outputs: int, depth: int, tiles: LinearTiles, norm: bool = False, quantized: bool = False):
     x, weight, out, gain = (
         torch.empty(*size, dtype=torch.bfloat16, device="meta")
         for size in ((1, depth), (num_outputs, depth), (1, num_outputs), (depth,))
     )
+    weight = quantize_matrix(weight) if quantized else weight
     with record("sm_90") as recorded:
         linear(x, weight, out, norm=(gain, gain, 1e-5) if norm else None, tiles=tiles)
     return modelled_seconds(recorded[-1], GOOD, "sm_90")  # a layer norm without moments takes them first
@@ -210,6 +220,19 @@ def test_cost_of_a_layer_norm():
     normed, plain = modelled(132 * 64, 1024, tiles, norm=True), modelled(132 * 64, 1024, tiles)
     assert normed.serial - plain.serial == pytest.approx(0.2e-6)
     assert normed.traffic.l2_bytes - plain.traffic.l2_bytes == 132 * 8 * 1024 // MOMENT_PART
+
+
+def test_cost_of_8_bits():
+    """Half the bytes of the matrix and four a row; half the bytes in flight, so time falls by less."""
+    tiles = LinearTiles(64, 64, 128, 1, 4, 4)
+    plain, small = (modelled(132 * 64, 1024, tiles, quantized=quantized) for quantized in (False, True))
+    assert plain.traffic.dram_bytes - small.traffic.dram_bytes == 132 * 64 * (1024 - 4)
+    assert 2 * small.in_flight == plain.in_flight
+    with record("sm_90"):
+        wide, narrow = (
+            operations(SHAPES["small"], 1, torch.bfloat16, "meta", gpu, quantized=q)[-2] for q in (False, True)
+        )
+    assert wide.weight_bytes - narrow.weight_bytes == 768 * (3072 - 4)
 
 
 def test_weight_bytes_of_a_pass_are_the_checkpoint():

@@ -19,6 +19,7 @@ from kernels.gpu.rows import stage_rows
 from kernels.gpu.sampling import draw
 from kernels.gpu.tree import insert_children, select_nodes
 from kernels.gpu.verify import verify_and_commit
+from kernels.layout import Quantized
 from kernels.reference import new_chain, new_progress, new_recent, new_seed, new_tree
 
 
@@ -32,7 +33,7 @@ def capturable(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def packed(weight: torch.Tensor) -> torch.Tensor:
+def packed(weight: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
     """``weight`` as the linear layers read it fastest: as it is."""
     return weight
 

@@ -47,10 +47,10 @@ class AttentionTiles:
     num_stages: int = 2
 
 
-def linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> LinearTiles:
-    """Tiles of a decoding pass through a weight [num_outputs, depth]."""
-    row = _table().get(arch, {}).get(key(num_outputs, depth, dtype))
-    return LinearTiles(**row["tiles"]) if row else default_linear_tiles(arch, num_outputs, depth, dtype)
+def linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.dtype, quantized: bool = False) -> LinearTiles:
+    """Tiles of a decoding pass through a weight [num_outputs, depth], of ``dtype`` or ``quantized``: never tuned."""
+    row = None if quantized else _table().get(arch, {}).get(key(num_outputs, depth, dtype))
+    return LinearTiles(**row["tiles"]) if row else default_linear_tiles(arch, num_outputs, depth, dtype, quantized)
 
 
 def key(num_outputs: int, depth: int, dtype: torch.dtype) -> str:
@@ -58,7 +58,9 @@ def key(num_outputs: int, depth: int, dtype: torch.dtype) -> str:
     return f"{num_outputs}x{depth} {str(dtype).removeprefix('torch.')}"
 
 
-def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> LinearTiles:
+def default_linear_tiles(
+    arch: str, num_outputs: int, depth: int, dtype: torch.dtype, quantized: bool = False
+) -> LinearTiles:
     """The rule for shapes that were never tuned: about one program per multiprocessor, a deep pipeline in each."""
     if arch == "interpreter":  # large tiles, since a step costs milliseconds; three splits show the order of their sum
         step = 64 if depth < 512 else 256
@@ -66,8 +68,11 @@ def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.d
         return LinearTiles(16, 64, step, next(n for n in (3, 2, 1) if -(-steps // n) * (n - 1) < steps))
 
     def cut(tile: int, step: int) -> int:
-        return _splits(-(-num_outputs // tile), -(-depth // step), MULTIPROCESSORS.get(arch, 128))
+        # one step more for 8 bits, whose 16-bit form takes registers beside it
+        return _splits(-(-num_outputs // tile), -(-depth // step), MULTIPROCESSORS.get(arch, 128), 3 + quantized)
 
+    if dtype == torch.float32 and quantized:
+        return _quantized_float32_tiles(arch, cut(64, 64))
     if dtype == torch.float32:  # products on the vector units: 16 rows, or dead rows would cost more than the weights
         return LinearTiles(16, 32, 32, cut(32, 32), 4 if arch.startswith("gfx") else 8, 3)
     if arch.startswith("gfx"):
@@ -75,28 +80,33 @@ def default_linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.d
     if arch in ("sm_90", "sm_100"):
         return LinearTiles(64, 64, 128, cut(64, 128), 4, 4)
     # within the 99 KiB of shared memory of sm_86, sm_89, sm_120
-    return LinearTiles(64, 64, 64, cut(64, 64), 4, 4, all_registers=True)
+    return LinearTiles(64, 64, 64, cut(64, 64), 4, 4, all_registers=not quantized)
 
 
-def _splits(num_tiles: int, num_steps: int, num_programs: int) -> int:
-    """Finest cut of the depth into at most ``num_programs`` programs that gives each three steps and none no work.
+def _splits(num_tiles: int, num_steps: int, num_programs: int, least: int) -> int:
+    """Finest cut of the depth into at most ``num_programs`` programs that gives each ``least`` steps and none no work.
 
     A loop of two steps is unrolled whole, and with a layer norm in it runs out of registers.
     """
     fitting = [
         n
         for n in range(2, 17)
-        if num_tiles * n <= num_programs and -(-num_steps // n) >= 3 and -(-num_steps // n) * (n - 1) < num_steps
+        if num_tiles * n <= num_programs and -(-num_steps // n) >= least and -(-num_steps // n) * (n - 1) < num_steps
     ]
     return max(fitting, default=1)
 
 
-def prefill_tiles(arch: str, dtype: torch.dtype) -> LinearTiles:
+def _quantized_float32_tiles(arch: str, splits: int) -> LinearTiles:
+    """4 KiB of weights a step: 16 bytes for each of 256 threads."""
+    return LinearTiles(16, 64, 64, splits, 4 if arch.startswith("gfx") else 8, 3)
+
+
+def prefill_tiles(arch: str, dtype: torch.dtype, quantized: bool = False) -> LinearTiles:
     """Tiles of a pass with more than MAX_ROWS rows, which is bound by arithmetic."""
     if arch == "interpreter":
         return LinearTiles(64, 128, 128)
     if dtype == torch.float32:
-        return LinearTiles(32, 64, 32, 1, 8, 3, all_registers=True)
+        return _quantized_float32_tiles(arch, 1) if quantized else LinearTiles(32, 64, 32, 1, 8, 3, all_registers=True)
     if arch.startswith("gfx"):  # 8 waves would load less than 16 bytes a thread of 64 outputs
         return LinearTiles(128, 128, 32, 1, 4, 2)
     return LinearTiles(128, 128, 64, 1, 8, 3, all_registers=True)

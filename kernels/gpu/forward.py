@@ -11,7 +11,7 @@ from kernels.gpu.launch import FLOATS, architecture, require
 from kernels.gpu.linear import linear
 from kernels.gpu.prefill import prefill_attention
 from kernels.gpu.route import Route
-from kernels.layout import VOCAB_TILE
+from kernels.layout import VOCAB_TILE, Quantized
 
 HEAD_DIMS = (64, 128)
 
@@ -21,13 +21,13 @@ def layer_norm_linear(
     norm_weight: torch.Tensor,  # [C]
     norm_bias: torch.Tensor,  # [C]
     eps: float,
-    weight: torch.Tensor,  # [M, C]
+    weight: torch.Tensor | Quantized,  # [M, C]
     bias: torch.Tensor | None,  # [M]
     activation: str | None = None,  # None, "gelu_tanh", "gelu"
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of x
 ) -> torch.Tensor:
     """activation(layer_norm(x) @ weight.T + bias) -> [N, M]. Without ``moments``, one launch more takes them."""
-    out, norm = x.new_empty(len(x), len(weight)), (norm_weight, norm_bias, eps)
+    out, norm = x.new_empty(len(x), weight.shape[0]), (norm_weight, norm_bias, eps)
     return linear(x, weight, out, bias=bias, norm=norm, moments=moments, activation=activation)
 
 
@@ -36,7 +36,7 @@ def layer_norm_qkv(
     norm_weight: torch.Tensor,  # [C]
     norm_bias: torch.Tensor,  # [C]
     eps: float,
-    weight: torch.Tensor,  # [3 C, C], rows ordered query, key, value
+    weight: torch.Tensor | Quantized,  # [3 C, C], rows ordered query, key, value
     bias: torch.Tensor,  # [3 C]
     k_cache: torch.Tensor,  # [slots, H, D], written
     v_cache: torch.Tensor,  # [slots, H, D], written
@@ -46,8 +46,8 @@ def layer_norm_qkv(
     """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
     num_rows, width = x.shape
     heads, dim = k_cache.shape[1:]
-    if heads * dim != width or len(weight) != 3 * width:
-        raise ValueError(f"weight [{len(weight)}, {width}] does not fit {heads} heads of {dim}")
+    if heads * dim != width or weight.shape[0] != 3 * width:
+        raise ValueError(f"weight [{weight.shape[0]}, {width}] does not fit {heads} heads of {dim}")
     require("k_cache", k_cache, (None, heads, dim), x.dtype, x.device)
     require("v_cache", v_cache, tuple(k_cache.shape), x.dtype, x.device)
     if num_rows != len(route.slot_mapping):
@@ -85,7 +85,7 @@ def tree_attention(
 
 def linear_residual(
     x: torch.Tensor,  # [N, K]
-    weight: torch.Tensor,  # [M, K]
+    weight: torch.Tensor | Quantized,  # [M, K]
     bias: torch.Tensor,  # [M]
     residual: torch.Tensor,  # [N, M]
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
@@ -99,7 +99,7 @@ def lm_head(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     eps: float,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Quantized,
     tile_maxima: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Final layer norm and projection to the vocabulary: x [N, C], weight [V, C] -> logits [N, V] in x's dtype.
@@ -109,7 +109,8 @@ def lm_head(
     ``tile_maxima`` float32 [N, cdiv(V, VOCAB_TILE)], if given, receives the largest logit of each tile of the row.
     """
     vocab_size, depth = weight.shape
-    tiles = replace(linear_tiles(architecture(x.device), vocab_size, depth, x.dtype), outputs=VOCAB_TILE)
+    tiles = linear_tiles(architecture(x.device), vocab_size, depth, x.dtype, isinstance(weight, Quantized))
+    tiles = replace(tiles, outputs=VOCAB_TILE)
     padded = triton.cdiv(vocab_size, VOCAB_TILE) * VOCAB_TILE  # rows start at multiples of 16 bytes
     out = x.new_empty(len(x), padded)[:, :vocab_size]
     return linear(x, weight, out, norm=(norm_weight, norm_bias, eps), tile_maxima=tile_maxima, tiles=tiles)

@@ -23,7 +23,7 @@ from kernels.gpu.arrival import arrive
 from kernels.gpu.config import LinearTiles, linear_tiles, prefill_tiles
 from kernels.gpu.launch import FLOATS, architecture, arrivals, is_amd, launch, require
 from kernels.gpu.moments import load_moments, row_moments, store_moments
-from kernels.layout import MAX_ROWS, MOMENT_PART, VOCAB_TILE
+from kernels.layout import MAX_ROWS, MOMENT_PART, VOCAB_TILE, Quantized
 
 _ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2}
 
@@ -57,11 +57,14 @@ def _finish(
     ACTIVATION: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     PART: tl.constexpr,
+    scales_ptr,
 ):
     """The epilogue: everything after the product of one tile."""
     column = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mask_out = column < M
     mask = mask_row[:, None] & mask_out[None, :]
+    if scales_ptr is not None:
+        acc *= tl.load(scales_ptr + column, mask=mask_out, other=0.0)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=mask_out, other=0.0).to(tl.float32)[None, :]
     acc = _activate(acc, ACTIVATION)
@@ -98,7 +101,7 @@ def _finish(
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x_ptr,  # [N, K]
-    weight_ptr,  # [M, K]
+    weight_ptr,  # [M, K], in x's dtype or int8
     bias_ptr,  # [M] or None
     norm_weight_ptr,  # [K] or None: no layer norm
     norm_bias_ptr,  # [K] or None
@@ -125,6 +128,7 @@ def _linear_kernel(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     AMD: tl.constexpr,
+    scales_ptr=None,  # float32 [M] of an int8 weight, or None
 ):
     """Grid (row tiles, output tiles, SPLITS): [BLOCK_ROWS, BLOCK_OUT] outputs over one split of K.
 
@@ -151,6 +155,8 @@ def _linear_kernel(
             other=0.0,
             eviction_policy="evict_first",
         )
+        if scales_ptr is not None:  # an integer of 8 bits is exact in each of these dtypes
+            weight = weight.to(x_ptr.dtype.element_ty)
         mask_x = mask_row[:, None] & mask_k[None, :]
         x = tl.load(x_ptr + offs_row[:, None] * K + k[None, :], mask=mask_x, other=0.0)
         if norm_weight_ptr is not None:
@@ -190,12 +196,13 @@ def _linear_kernel(
         ACTIVATION,
         BLOCK_OUT,
         PART,
+        scales_ptr,
     )
 
 
 def linear(
     x: torch.Tensor,  # [N, K]
-    weight: torch.Tensor,  # [M, K]
+    weight: torch.Tensor | Quantized,  # [M, K]
     out: torch.Tensor,  # [N, M], written; rows may be apart
     *,
     bias: torch.Tensor | None = None,
@@ -215,7 +222,11 @@ def linear(
     num_rows, depth = x.shape
     num_outputs, device, dtype = weight.shape[0], x.device, x.dtype
     require("x", x, (None, None), FLOATS, device)
-    require("weight", weight, (None, depth), dtype, device)
+    scales = None
+    if isinstance(weight, Quantized):
+        weight, scales = weight.values, weight.scales
+        require("scales", scales, (num_outputs,), torch.float32, device)
+    require("weight", weight, (None, depth), dtype if scales is None else torch.int8, device)
     if bias is not None:
         require("bias", bias, (num_outputs,), dtype, device)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
@@ -237,10 +248,10 @@ def linear(
         )
     arch = architecture(device)
     if tiles is None and num_rows > MAX_ROWS:
-        tiles = prefill_tiles(arch, dtype)
+        tiles = prefill_tiles(arch, dtype, scales is not None)
         if scatter is not None and (num_outputs // 3) % tiles.outputs:
             tiles = replace(tiles, outputs=64)  # divides every width
-    tiles = tiles or linear_tiles(arch, num_outputs, depth, dtype)
+    tiles = tiles or linear_tiles(arch, num_outputs, depth, dtype, scales is not None)
     if scatter is not None and (num_outputs // 3) % tiles.outputs:
         raise ValueError(f"a width of {num_outputs // 3} is no multiple of the {tiles.outputs} outputs of a tile")
     if tile_maxima is not None:
@@ -279,6 +290,7 @@ def linear(
             "partial_ptr": partial,
             "arrivals_ptr": counters,
             "num_rows": num_rows,
+            **({} if scales is None else {"scales_ptr": scales}),
         },
         {
             "M": num_outputs,

@@ -7,11 +7,12 @@ this matrix and this number of threads; what was not checked runs on exactly ROW
 """
 
 import warnings
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import ROW_BLOCK, ROW_MULTIPLE, VOCAB_TILE
+from kernels.layout import ROW_BLOCK, ROW_MULTIPLE, VOCAB_TILE, Quantized
 from kernels.reference.moments import with_moments
 from kernels.reference.route import Route
 
@@ -51,9 +52,10 @@ class Packed:
     def numel(self) -> int:
         return self.shape.numel()
 
-    def element_size(self) -> int:
-        """Bytes of an element in the model's dtype, whichever way it is kept here."""
-        return self._size
+    @property
+    def nbytes(self) -> int:
+        """In the model's dtype, whichever way it is kept here."""
+        return self.numel() * self._size
 
     def multiple(self) -> int:
         """Products of any multiple of this many rows, up to ROW_BLOCK, agree bit for bit.
@@ -88,8 +90,14 @@ class Packed:
         return _activated(F.linear(x, self._parts[0], bias), activation)
 
 
-def packed(weight: torch.Tensor) -> "torch.Tensor | Packed":
-    """``weight`` [M, K] as the linear layers read it fastest."""
+Matrix = torch.Tensor | Packed | Quantized
+
+
+def packed(weight: Matrix) -> Matrix:
+    """``weight`` [M, K] as the linear layers read it fastest; integers of 8 bits as float32, packed in their turn."""
+    if isinstance(weight, Quantized):
+        is_ready = isinstance(weight.values, Packed) or weight.values.device.type != "cpu"
+        return weight if is_ready else replace(weight, values=Packed(weight.values.float()))
     return weight if isinstance(weight, Packed) or weight.device.type != "cpu" else Packed(weight)
 
 
@@ -132,7 +140,7 @@ def layer_norm_linear(
     norm_weight: torch.Tensor,  # [C]
     norm_bias: torch.Tensor,  # [C]
     eps: float,
-    weight: torch.Tensor | Packed,  # [M, C]
+    weight: Matrix,  # [M, C]
     bias: torch.Tensor | None,  # [M]
     activation: str | None = None,  # None, "gelu_tanh", "gelu"
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of x; the twin takes its own
@@ -146,7 +154,7 @@ def layer_norm_qkv(
     norm_weight: torch.Tensor,  # [C]
     norm_bias: torch.Tensor,  # [C]
     eps: float,
-    weight: torch.Tensor | Packed,  # [3 C, C], rows ordered query, key, value
+    weight: Matrix,  # [3 C, C], rows ordered query, key, value
     bias: torch.Tensor,  # [3 C]
     k_cache: torch.Tensor,  # [slots, H, D], written
     v_cache: torch.Tensor,  # [slots, H, D], written
@@ -167,7 +175,7 @@ def layer_norm_qkv(
 
 def linear_residual(
     x: torch.Tensor,  # [N, K]
-    weight: torch.Tensor | Packed,  # [M, K]
+    weight: Matrix,  # [M, K]
     bias: torch.Tensor,  # [M]
     residual: torch.Tensor,  # [N, M]
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
@@ -181,7 +189,7 @@ def lm_head(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     eps: float,
-    weight: torch.Tensor | Packed,
+    weight: Matrix,
     tile_maxima: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Final layer norm and projection to the vocabulary: x [N, C], weight [V, C] -> logits [N, V] in x's dtype.
@@ -200,11 +208,10 @@ def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> tor
     return None
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, activation: str | None = None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
     """activation(x @ weight.T + bias), in products of at most ROW_BLOCK rows, padded with zeros where rows lack."""
-    multiple = weight.multiple() if isinstance(weight, Packed) else ROW_BLOCK
+    elements = weight.values if isinstance(weight, Quantized) else weight
+    multiple = elements.multiple() if isinstance(elements, Packed) else ROW_BLOCK
     num_rows = x.shape[0]
     if num_rows % multiple:
         x = F.pad(x, (0, 0, 0, -num_rows % multiple))
@@ -215,10 +222,20 @@ def linear(
     return y if len(y) == num_rows else y[:num_rows]
 
 
-def _product(block: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, activation: str | None):
+def _product(block: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, activation: str | None):
+    if isinstance(weight, Quantized):
+        return _activated(_quantized_product(block, weight, bias), activation)
     if isinstance(weight, Packed):
         return weight.product(block, bias, activation)
     return _activated(F.linear(block, weight, bias), activation)
+
+
+def _quantized_product(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> torch.Tensor:
+    """Sums of x times the integers, times the scales, plus the bias: each in float32 or wider, rounded to x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values = weight.values if isinstance(weight.values, Packed) else weight.values.to(wide)
+    y = _product(x.to(wide), values, None, None) * weight.scales
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def _activated(x: torch.Tensor, activation: str | None) -> torch.Tensor:
