@@ -5,6 +5,7 @@ Triton's interpreter they show that the setting changes nothing there.
 """
 
 import ast
+import functools
 import inspect
 import os
 import subprocess
@@ -26,15 +27,20 @@ from tests.gpu_helpers import REAL_SHAPE, same_bits
 from tests.interpreter import DEVICE, INTERPRETING
 from tests.recorded_graph import said
 
+SHAPE = BUNDLED["draft"]
 TINY = Shape("tiny", 1, 64, 1, vocab=97, positions=256)
 BEFORE_THE_WAIT = {"program_id", "arange", "cdiv", "zeros", "to", "starts_early", "prefetch_rows"}
 
 
+@functools.cache
+def between_passes() -> list:
+    return list(iteration(SHAPE.vocab, "meta").calls.values())
+
+
 def recorded(arch: str) -> list:
-    """Every launch of a pass, of a prefill and of an iteration, by recording; twins are what "meta" cannot run."""
-    shape = BUNDLED["oracle"]
-    found = [launch for rows in (5, 256) for _, launch in launches(shape, rows, torch.bfloat16, arch, draws=rows == 5)]
-    for call in iteration(shape.vocab, "meta").calls.values():
+    """Every launch of a pass, of a prefill, and of what lies between passes."""
+    found = [launch for rows in (5, 256) for _, launch in launches(SHAPE, rows, torch.bfloat16, arch, draws=rows == 5)]
+    for call in between_passes():
         with record(arch) as made:
             call()
         found += made
@@ -73,6 +79,7 @@ from kernels.gpu.launch import early_launches, record
 from kernels.gpu.linear import linear
 from kernels import gpu
 from profiling.machine_code import binary_of, instructions_of, source_of
+memory = ("LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "UTMALDG", "UBLKCP")
 def empty(*size):
     return torch.empty(*size, dtype=torch.bfloat16, device="meta")
 x, weight, out, gain = empty(1, 256), empty(64, 256), empty(1, 64), empty(256)
@@ -80,11 +87,11 @@ for arch in ("sm_90", "sm_100"):
     with record(arch) as recorded, early_launches():
         moments = gpu.new_moments(1, 256, "meta")
         norm = (gain, gain, 1e-5)
-        linear(x, weight, out, bias=gain[:64], norm=norm, moments=moments, tiles=LinearTiles(16, 64, 64, 2, 4, 3))
+        linear(x, weight, out, bias=gain[:64], norm=norm, moments=moments, tiles=LinearTiles(16, 64, 64, 2, 4, 2))
         gpu.embed(empty(3).int(), empty(3).int(), empty(97, 256), empty(64, 256))
     for launch in recorded:
         binary = binary_of(source_of(launch, arch), arch)
-        kinds = {"CCTL": "p", "ACQBULK": "W", "PREEXIT": "L", "LDG": "m", "LDGSTS": "m", "STG": "m", "ATOMG": "m"}
+        kinds = {"CCTL": "p", "ACQBULK": "W", "PREEXIT": "L"} | dict.fromkeys(memory, "m")
         text = "".join(kinds.get(name.split(".")[0], "") for name in instructions_of(binary.asm["cubin"]))
         print(arch, launch.kernel.__name__, text[: text.index("m") + 1], binary.metadata.launch_pdl)
 """

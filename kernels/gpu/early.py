@@ -10,8 +10,9 @@ costs and the first trip to memory then pass beside work. It changes no value, b
    its turn, so whatever came earlier has finished too: a buffer may be reused two kernels later. A kernel that would
    not wait would break this for those behind it, which is why all do, torch's by an ordinary launch.
 3. A program lets the next kernel start after its own wait, never before. So at most two kernels are under way, and
-   the next one starts when all programs of this one are resident or gone: it takes no multiprocessor from a program
-   that is yet to start. ``kernels.gpu.arrival`` counts programs and never waits for one, so none can starve another.
+   the next one starts when all programs of this one are resident or gone, tensor memory included: it takes no room
+   from a program that is yet to start. ``kernels.gpu.arrival`` counts programs and never waits for one, so none can
+   starve another.
 
 Where the launch is an ordinary one, on other GPUs and in Triton's interpreter, all this compiles to nothing.
 """
