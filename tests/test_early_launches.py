@@ -53,8 +53,9 @@ def test_every_kernel_waits_before_it_touches_memory():
     assert len(kernels) >= 14
     for kernel in kernels:
         body = ast.parse(inspect.getsource(kernel.fn)).body[0].body
-        wait = next(i for i, statement in enumerate(body) if ast.unparse(statement) == "wait_for_previous()")
-        calls = [node for statement in body[:wait] for node in ast.walk(statement) if isinstance(node, ast.Call)]
+        waits = [i for i, statement in enumerate(body) if ast.unparse(statement) == "wait_for_previous()"]
+        assert len(waits) == 1, f"{kernel.fn.__name__} waits in {len(waits)} places, not one"
+        calls = [node for statement in body[: waits[0]] for node in ast.walk(statement) if isinstance(node, ast.Call)]
         called = {node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id for node in calls}
         assert called <= BEFORE_THE_WAIT, f"{kernel.fn.__name__} calls {called - BEFORE_THE_WAIT} before it waits"
 
