@@ -6,13 +6,15 @@
 
 An operation is right when its error against the torch twin in float64 (attention: float32 sums) is within the dtype's
 tolerance and a row's bits are the same alone and among 64 rows; no speed is given for one that is not. Launches run in
-CUDA graphs, one after the other, over copies of the inputs that exceed three times the L2 cache. Percent of copy: the
-least bytes that the work moves, per second, against a large device copy (read plus written) of the same run. Writes
-JSON after every row, and CSV, Markdown and a roofline picture at the end. What fails is a row that says why; exit code
-1 where there is one, 2 where nothing can be timed.
+CUDA graphs, one after the other, over copies of the inputs that exceed three times the L2 cache; passes with early
+launches too (``kernels.gpu.early``), where the GPU can. Percent of copy: the least bytes that the work moves, per
+second, against a large device copy (read plus written) of the same run. Writes JSON after every row, and CSV, Markdown
+and a roofline picture at the end. What fails is a row that says why; exit code 1 where there is one, 2 where nothing
+can be timed.
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -37,6 +39,7 @@ from profiling.timing import ceilings, copies_for, first_line, is_cold, measure
 
 CHECK_ROWS = 64
 OURS = "ours"
+EARLY = "ours, early launches"
 TINY = Shape("tiny", 2, 128, 2, vocab=500, positions=256)
 
 
@@ -77,13 +80,16 @@ def report(row: dict[str, Any]) -> None:
 
 def precompile(setting: Setting, described: dict[str, Any], shapes: list[Shape], jobs: int) -> None:
     """Fill Triton's cache with every binary of the run, ``jobs`` at a time; no binary depends on the number of rows."""
-    from kernels.gpu.launch import architecture
+    from kernels.gpu.launch import architecture, early_launches
     from profiling.machine_code import launches, source_of
     from profiling.tune import compiled
 
     start, arch = time.monotonic(), architecture(setting.device)
-    found = [source_of(each, arch) for shape in shapes for _, each in launches(shape, CHECK_ROWS, setting.dtype, arch)]
-    sources = {source.key: source for source in found}
+    sources = {}
+    for shape, early in itertools.product(shapes, (False, True)):
+        with early_launches(early):
+            found = [source_of(each, arch) for _, each in launches(shape, CHECK_ROWS, setting.dtype, arch)]
+        sources |= {source.key: source for source in found}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         reports = list(pool.map(partial(compiled, arch), sources.values()))
     refused = [report for report in reports if isinstance(report, str)]
@@ -175,7 +181,7 @@ def _time(setting: Setting, described: dict[str, Any], operation: Operation, tim
 
 
 def time_passes(setting: Setting, described: dict[str, Any], shape: Shape, all_rows: list[int]) -> None:
-    """Whole passes of ``shape`` with every number of rows, on the same weights."""
+    """Whole passes of ``shape`` with every number of rows, on the same weights, without and with early launches."""
     largest = max(all_rows)
     whole = passes.random_pass(shape, largest, setting.dtype, setting.device, setting.text_length)
     if not passes.same_root(whole, setting.ops):
@@ -183,6 +189,21 @@ def time_passes(setting: Setting, described: dict[str, Any], shape: Shape, all_r
     for num_rows in sorted(all_rows):
         described = {"kind": "pass", "shape": shape.name, "operation": "pass", "rows": num_rows}
         guarded(setting, _time_pass, {**described, "implementation": OURS}, whole, num_rows)
+        if setting.ops is not reference:
+            guarded(setting, _time_early_pass, {**described, "implementation": EARLY}, whole, num_rows)
+
+
+def _time_early_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass, num_rows: int) -> None:
+    from kernels.gpu.launch import architecture, can_start_early, early_launches
+
+    if not can_start_early(architecture(setting.device)):
+        return
+    forward = passes.forward(passes.first_rows(whole, num_rows), setting.ops)
+    plain = forward()
+    with early_launches():
+        if not torch.equal(forward(), plain):
+            raise ValueError("other bits than without early launches: no speed is given")
+        _time_pass(setting, described, whole, num_rows)
 
 
 def _time_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass, num_rows: int) -> None:
@@ -202,9 +223,8 @@ def _time_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass, 
     if len(parts) == len(operations):
         columns |= {"operations_microseconds": sum(parts.values())}
         columns |= {"bubble_microseconds": columns["microseconds"] - sum(parts.values())}
-    one = [
-        row for row in setting.rows.rows if row["kind"] == "pass" and row["shape"] == shape.name and row["rows"] == 1
-    ]
+    same = {"kind": "pass", "shape": shape.name, "rows": 1, "implementation": described["implementation"]}
+    one = [row for row in setting.rows.rows if row.items() >= same.items()]
     if num_rows > 1 and one and "microseconds" in one[0]:
         columns |= {"ratio_to_one_row": columns["microseconds"] / one[0]["microseconds"]}
     cold = is_cold(weights, 1, setting.device)

@@ -168,14 +168,23 @@ def try_compile(source: Source, arch: str) -> Report | str:
             return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
 
 
-def _read_sass(cubin: bytes) -> dict[str, Any]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _ask(cubin: bytes, tool: str, *flags: str) -> str:
+    """What one of the tools in Triton's wheel says of ``cubin``."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        usage = run([tools / "cuobjdump", "--dump-resource-usage", file.name]).stdout
-        text = run([tools / "nvdisasm", "-c", "-g", file.name]).stdout
+        return subprocess.run([path, *flags, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def instructions_of(cubin: bytes) -> list[str]:
+    """NVIDIA machine code: names of its instructions with their modifiers, in order."""
+    lines = _ask(cubin, "nvdisasm", "-c").splitlines()
+    return [found[1] for line in lines if (found := _SASS.match(line))]
+
+
+def _read_sass(cubin: bytes) -> dict[str, Any]:
+    usage, text = _ask(cubin, "cuobjdump", "--dump-resource-usage"), _ask(cubin, "nvdisasm", "-c", "-g")
     used = dict(re.findall(r"(REG|STACK):(\d+)", next(line for line in usage.splitlines() if "REG:" in line)))
     counts, loads, where = collections.Counter(), collections.Counter(), ("", 0)
     for line in text.splitlines():

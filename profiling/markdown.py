@@ -51,7 +51,8 @@ def _passes(rows: list[dict]) -> str:
     for row in measured:
         ratio, total = row.get("ratio_to_one_row"), row.get("operations_microseconds")
         lines.append(
-            f"| {row['rows']} rows | {_time(row)} | {row['gb_per_s']:.0f} | {row['percent_of_copy']:.1f} | "
+            f"| {row['rows']} rows{row['implementation'].removeprefix(OURS)} | {_time(row)} | "
+            f"{row['gb_per_s']:.0f} | {row['percent_of_copy']:.1f} | "
             f"{'' if ratio is None else f'{ratio:.2f}x'} | {row['launches'] or ''} | "
             f"{'' if total is None else f'{total:.1f}'} |"
         )

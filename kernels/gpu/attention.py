@@ -17,6 +17,7 @@ import triton.language as tl
 
 from kernels.gpu.arrival import arrive
 from kernels.gpu.config import AttentionTiles, attention_tiles
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import architecture, arrivals, is_amd, launch
 from kernels.gpu.route import Route
 from kernels.layout import DEPTH_LIMIT, TAIL_ALIGNMENT, TAIL_LANES
@@ -163,6 +164,7 @@ def _tree_attention_kernel(
 
     Reads each window once per row block and each tail once per row: 2 D values a key.
     """
+    wait_for_previous()
     head, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     C: tl.constexpr = H * D
     q_head_ptr, k_head_ptr, v_head_ptr = q_ptr + head * D, k_cache_ptr + head * D, v_cache_ptr + head * D

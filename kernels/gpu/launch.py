@@ -37,6 +37,7 @@ class Recording(NamedTuple):
 
 
 _recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+_early: ContextVar[bool] = ContextVar("early", default=False)  # until it has been measured on a GPU
 
 
 @contextmanager
@@ -61,6 +62,24 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+@contextmanager
+def early_launches(wanted: bool = True) -> Iterator[None]:
+    """Within this, launches may start before the one ahead has finished (``kernels.gpu.early``), where the GPU can.
+
+    A CUDA graph keeps what held when it was captured.
+    """
+    token = _early.set(wanted)
+    try:
+        yield
+    finally:
+        _early.reset(token)
+
+
+def can_start_early(arch: str) -> bool:
+    """Whether a GPU has programmatic dependent launch: NVIDIA's from sm_90 on."""
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
     return triton.knobs.runtime.interpret
@@ -80,10 +99,16 @@ def launch(
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if all_registers and not is_amd():
         options["maxnreg"] = MAX_REGISTERS
+    if _early.get() and can_start_early(architecture(_device(arguments))):
+        options["launch_pdl"] = True
     if (recording := _recording.get()) is not None:
         recording.launches.append(Launch(kernel, grid, arguments, constants, options))
     else:
         kernel[grid](**arguments, **constants, **options)
+
+
+def _device(arguments: dict[str, Any]) -> torch.device:
+    return next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
 
 
 def is_amd() -> bool:

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from kernels.gpu.arrival import arrive
 from kernels.gpu.config import LinearTiles, linear_tiles, prefill_tiles
+from kernels.gpu.early import prefetch_rows, starts_early, wait_for_previous
 from kernels.gpu.launch import FLOATS, architecture, arrivals, is_amd, launch, require
 from kernels.gpu.moments import load_moments, row_moments, store_moments
 from kernels.layout import MAX_ROWS, MOMENT_PART, VOCAB_TILE, Quantized
@@ -141,10 +142,19 @@ def _linear_kernel(
     column = tile.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mask_out = column < M
     offs_k = tl.arange(0, BLOCK_K)
+    STEPS: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+    if starts_early():
+        first, only = split * STEPS * BLOCK_K, tl.zeros((1,), tl.int64)
+        prefetch_rows(weight_ptr, column, first, M, K, STEPS * BLOCK_K)
+        if norm_weight_ptr is not None:
+            prefetch_rows(norm_weight_ptr, only, first, 1, K, STEPS * BLOCK_K)
+            prefetch_rows(norm_bias_ptr, only, first, 1, K, STEPS * BLOCK_K)
+        if bias_ptr is not None:
+            prefetch_rows(bias_ptr, only, tile * BLOCK_OUT, 1, M, BLOCK_OUT)
+    wait_for_previous()
     if norm_weight_ptr is not None:
         mean, scale = load_moments(moments_ptr, offs_row, mask_row, K, tl.cdiv(K, PART), PART, BLOCK_PARTS, EPS)
 
-    STEPS: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for step in range(STEPS):
         k = (split * STEPS + step) * BLOCK_K + offs_k

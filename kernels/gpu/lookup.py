@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch, require
 from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.gpu.order import first
@@ -62,6 +63,7 @@ def _lookup_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (W,): one node. Its probes are loaded together, then one row of the table."""
+    wait_for_previous()
     w = tl.program_id(0)
     node = tl.load(nodes_ptr + w)
     child = tl.arange(0, triton.next_power_of_2(CHILDREN))
@@ -219,6 +221,7 @@ def _learn_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (1,): all nodes; of those that fall into one bucket the last one writes."""
+    wait_for_previous()
     w = tl.arange(0, BLOCK_W)
     node = tl.load(nodes_ptr + w, mask=w < W, other=-1)
     live = node >= 0

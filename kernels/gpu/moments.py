@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import FLOATS, launch, require
 from kernels.layout import MOMENT_PART
 
@@ -80,6 +81,7 @@ def _row_moments_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (N,): one row."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     x = tl.load(x_ptr + row[:, None] * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)

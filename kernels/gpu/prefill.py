@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels.gpu.attention import LOG2E, load_queries, over_windows
 from kernels.gpu.config import prefill_attention_tiles
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch
 from kernels.gpu.route import Route
 
@@ -34,6 +35,7 @@ def _prefill_attention_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):
     """Grid (row blocks, H): causal attention of committed rows, windows in ascending order from position 0."""
+    wait_for_previous()
     block, head = tl.program_id(0), tl.program_id(1)
     C: tl.constexpr = H * D
     row, mask_row, q = load_queries(q_ptr + head * D, block * BLOCK_ROWS, num_rows, C, D, BLOCK_ROWS)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import FLOATS, launch, require
 from kernels.gpu.moments import constants, store_moments
 from kernels.layout import DEPTH_LIMIT, MAX_ROWS, NULL_PAGE, TAIL_ALIGNMENT, TAIL_LANES
@@ -36,6 +37,7 @@ def _embed_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (N,): one row."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     mask = column < WIDTH
@@ -92,6 +94,7 @@ def _route_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (N,): the tail slots of one row, a slot of the null page where a lane is dead."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     sequence = tl.load(sequences_ptr + row).to(tl.int64)

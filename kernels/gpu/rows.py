@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch, require
 from kernels.gpu.tree import BLOCK_PATH, PATH, require_chain, require_progress, require_tree
 from kernels.layout import Chain, Progress, Rows, Tree
@@ -46,6 +47,7 @@ def _stage_rows_kernel(
     BLOCK_PATH: tl.constexpr,
 ):
     """Grid (1,): committed tokens first, then every node on the paths of ``nodes`` that the cache has not."""
+    wait_for_previous()
     length = tl.load(length_ptr)
     active = tl.load(reach_ptr) >= 0
     first = tl.load(cached_len_ptr + cache)

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import FLOATS, launch, require
 from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.gpu.order import best, first, kth_largest, nucleus_cut, order
@@ -78,6 +79,7 @@ def _draw_narrow_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (N,): one row. Reads its tile maxima and about ``top_k`` tiles of logits, all for greedy children."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     logits_row_ptr = logits_ptr + row * STRIDE
     NUM_TILES: tl.constexpr = tl.cdiv(V, TILE)
@@ -174,6 +176,7 @@ def _draw_narrow_kernel(
 @triton.jit
 def _tile_maxima_kernel(logits_ptr, maxima_ptr, V: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr):
     """Grid (N, tiles): the largest logit of one tile, NaN if one of them is."""
+    wait_for_previous()
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     value = tl.load(logits_ptr + row * STRIDE + token, mask=token < V, other=float("-inf")).to(tl.float32)

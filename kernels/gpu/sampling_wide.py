@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.gpu.order import first, order
 
@@ -41,6 +42,7 @@ def draw_wide_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (N,): one row with noise, over the whole vocabulary; the bisections re-read it from the L2 cache."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     if overflow_ptr is not None:  # noqa: SIM102  known when compiled, unlike what it points to
         if tl.load(overflow_ptr + row) == 0:

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch, require
 from kernels.gpu.order import best, order
 from kernels.layout import DEPTH_LIMIT, RECORD, Chain, Progress, Tree
@@ -30,6 +31,7 @@ def _select_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     """Grid (1,): the WIDTH best free nodes."""
+    wait_for_previous()
     lane = tl.arange(0, BLOCK)
     live = lane < tl.load(num_nodes_ptr)
     score = tl.load(path_scores_ptr + lane, mask=live, other=float("-inf"))
@@ -114,6 +116,7 @@ def _insert_kernel(
     BLOCK_PATH: tl.constexpr,
 ):
     """Grid (1,): entry e is child e % CHILDREN of node e / CHILDREN; newcomers are numbered in the order of entries."""
+    wait_for_previous()
     entry = tl.arange(0, BLOCK_ENTRIES)
     exists = entry < W * CHILDREN
     node = tl.load(nodes_ptr + entry // CHILDREN, mask=exists, other=-1)

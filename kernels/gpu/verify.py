@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch, require
 from kernels.gpu.tree import BLOCK_PATH, PATH, require_chain, require_progress, require_tree, sum_paths, tree_pointers
 from kernels.layout import EOS, LENGTH, MAX_STAGES, RECORD, Chain, Progress, Record, Tree
@@ -105,6 +106,7 @@ def _verify_kernel(
     CHUNK: tl.constexpr,
 ):
     """Grid (1,): one generation."""
+    wait_for_previous()
     state = tl.load(state_ptr)
     offs = tl.arange(0, BLOCK_RECORD)
     tl.store(record_ptr + offs, tl.where(offs == _STATE, state, 0), mask=offs < RECORD)
