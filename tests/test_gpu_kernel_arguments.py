@@ -1,9 +1,12 @@
 """Bad arguments of the operations of a pass: refused with the name of the tensor or the number, before any launch."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from kernels import gpu
+from kernels.gpu import launch as launches
 from kernels.gpu import linear
 from kernels.gpu.config import LinearTiles
 from kernels.gpu.launch import architecture, record
@@ -146,3 +149,21 @@ def test_tiles_that_do_not_fit():
     with pytest.raises(ValueError, match="tile_maxima need tiles of 64 outputs, got 128"):
         out = given.x.new_empty(len(given.x), 130)
         linear.linear(given.x, given.wte, out, tile_maxima=maxima, tiles=LinearTiles(16, 128, 64))
+
+
+def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
+    """Triton knows only the current device, which need not be theirs."""
+    assert launches.on_device(torch.device("cuda:1")).idx == 1
+    entered = []
+
+    @contextmanager
+    def on_device(device):
+        entered.append(device)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(launches, "on_device", on_device)
+    monkeypatch.setattr(launches, "_device", lambda arguments: "the second GPU")
+    kernel = {(1,): lambda **arguments: entered.append("launched")}
+    launches.launch(kernel, (1,), {"x_ptr": torch.zeros(1)}, {})
+    assert entered == ["the second GPU", "launched", "left"]

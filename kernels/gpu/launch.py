@@ -7,7 +7,7 @@ is what runs.
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -104,7 +104,13 @@ def launch(
     if (recording := _recording.get()) is not None:
         recording.launches.append(Launch(kernel, grid, arguments, constants, options))
     else:
-        kernel[grid](**arguments, **constants, **options)
+        with on_device(_device(arguments)):
+            kernel[grid](**arguments, **constants, **options)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, wherever the tensors lie: make theirs the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _device(arguments: dict[str, Any]) -> torch.device:
