@@ -210,7 +210,8 @@ def report(console: Console, rows: Iterator[dict]) -> Iterator[dict]:
 
 def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parameters: int) -> None:
     card = {
-        "command": "staged " + " ".join(sys.argv[1:]),
+        "command": " ".join(["staged", *map(_without_folder, sys.argv[1:])]),
+        "started_from": _ancestry(flags.start) if flags.start else None,
         "config": asdict(trainer.config),
         "parameters": num_parameters,
         "text_tokens": len(trainer.ids),
@@ -219,6 +220,22 @@ def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parame
         "log": [row for row in trainer.log if "heldout_loss" in row or row["step"] % 100 == 0],
     }
     (flags.out / CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+
+def _ancestry(start: Path) -> dict:
+    """What the model to begin from was: parameters, and the tokens that it and those before it had seen."""
+    weights = _model(start)
+    found = {"parameters": weights.num_parameters(), "tokens": None}
+    if (start / CARD).is_file():
+        card = json.loads((start / CARD).read_text())
+        earlier = (card.get("started_from") or {}).get("tokens") or 0
+        found["tokens"] = earlier + card["log"][-1]["tokens"]
+    return found
+
+
+def _without_folder(argument: str) -> str:
+    """Folders of this machine say nothing to a reader: keep the last part."""
+    return f".../{Path(argument).name}" if argument.startswith(("/", "..", "~")) else argument
 
 
 def build_draft2(flags: argparse.Namespace) -> None:

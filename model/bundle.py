@@ -48,6 +48,11 @@ def card(name: str, training: dict, texts: dict[str, str]) -> str:
     config, last = training["config"], training["log"][-1]
     sizes = f"{config['layers']} layers, width {config['width']}, vocabulary {config['vocab_size']}"
     seen, text = (f"{count / 1e6:.1f} M tokens" for count in (last["tokens"], training["text_tokens"]))
+    origin = training.get("started_from")
+    before = ""
+    if origin:
+        grown = f"begun from a model of {origin['parameters'] / 1e6:.1f} M parameters"
+        before = f", {grown}" + (f" that had seen {origin['tokens'] / 1e6:.1f} M" if origin["tokens"] else "")
     lines = [
         "---",
         "license: apache-2.0",
@@ -56,7 +61,7 @@ def card(name: str, training: dict, texts: dict[str, str]) -> str:
         f"# The bundled {name}",
         "",
         f"A GPT-2 of {training['parameters'] / 1e6:.1f} M parameters: {sizes}, context {config['context']}. It has "
-        f"seen {seen} of a text of {text} in {last['seconds'] / 60:.0f} minutes; held-out loss "
+        f"seen {seen} of a text of {text} in {last['seconds'] / 60:.0f} minutes{before}; held-out loss "
         f"{last['heldout_loss']:.2f} nats a token. `{training['command']}`",
         "",
         "| source | licence | files | MB |",
