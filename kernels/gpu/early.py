@@ -46,7 +46,10 @@ def wait_for_previous():
 def prefetch_rows(base_ptr, row, start, ROWS: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr):
     """Ask for ``base[row, start : start + COUNT]``, or its first part, in the L2 cache; row int64 [any], below ROWS."""
     LENGTH: tl.constexpr = LINE // (base_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    LINES: tl.constexpr = min(tl.cdiv(COUNT, LENGTH), MOST_BYTES // LINE // row.shape[0])
+    # Not ``tl.cdiv``: in Triton 3.6 its result is no constant to calculate with.
+    ALL: tl.constexpr = (COUNT + LENGTH - 1) // LENGTH
+    MOST: tl.constexpr = MOST_BYTES // LINE // row.shape[0]
+    LINES: tl.constexpr = MOST if MOST < ALL else ALL
     line = tl.arange(0, triton.next_power_of_2(LINES))[None, :]
     column = start + line * LENGTH
     mask = (row < ROWS)[:, None] & (line < LINES) & (column < STRIDE)

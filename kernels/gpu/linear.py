@@ -144,11 +144,12 @@ def _linear_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     STEPS: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
     if starts_early():
-        first, only = split * STEPS * BLOCK_K, tl.zeros((1,), tl.int64)
-        prefetch_rows(weight_ptr, column, first, M, K, STEPS * BLOCK_K)
+        COUNT: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+        first, only = split * COUNT, tl.zeros((1,), tl.int64)
+        prefetch_rows(weight_ptr, column, first, M, K, COUNT)
         if norm_weight_ptr is not None:
-            prefetch_rows(norm_weight_ptr, only, first, 1, K, STEPS * BLOCK_K)
-            prefetch_rows(norm_bias_ptr, only, first, 1, K, STEPS * BLOCK_K)
+            prefetch_rows(norm_weight_ptr, only, first, 1, K, COUNT)
+            prefetch_rows(norm_bias_ptr, only, first, 1, K, COUNT)
         if bias_ptr is not None:
             prefetch_rows(bias_ptr, only, tile * BLOCK_OUT, 1, M, BLOCK_OUT)
     wait_for_previous()
