@@ -108,10 +108,10 @@ def test_a_binary_that_depends_on_the_number_of_rows_is_found():
     code = """
 from profiling import aot
 plain = aot.launches
-def launches(shape, num_rows, dtype, arch, draws):
+def launches(shape, num_rows, *more):
     return [
         (op, l._replace(options=l.options | {"num_warps": 8}) if op.name == "mlp_proj" and num_rows == 2 else l)
-        for op, l in plain(shape, num_rows, dtype, arch, draws)
+        for op, l in plain(shape, num_rows, *more)
     ]
 aot.launches = launches
 print("\\n".join(aot.collect(["sm_90"], ["large"], ["bfloat16"], [64])[1]))

@@ -215,15 +215,15 @@ def test_greedy_equals_hugging_face(greedy_rows):
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 def test_acceptance_follows_the_quality_of_the_draft(greedy_rows, shape):
-    """The oracle as its own draft is always accepted, the oracle plus noise sometimes, random weights hardly ever."""
+    """The oracle as its own draft is always accepted, with noise less often, drowned in noise hardly ever."""
 
     def rate(draft):
         row = greedy_rows[f"{shape}, draft = {draft}"]
         return row["accepted"] / row["tried"]
 
     assert rate("oracle") >= 0.98
-    assert 0.2 <= rate("oracle + noise") <= 0.8
-    assert rate("random weights") < 0.2
+    assert 0.2 <= rate("oracle + noise") <= 0.95
+    assert rate("drowned in noise") < 0.2
 
 
 def test_humaneval_prompts(prompts_dir):
