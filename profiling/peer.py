@@ -1,5 +1,6 @@
 """What a system must offer to be compared with ours: one sequence, token ids in and out, one rule of where it ends."""
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 from decoding.config import SamplingConfig
@@ -21,7 +22,7 @@ class Unavailable(Exception):
     """This peer is not installed here, or cannot run these models; the message is the reason."""
 
 
-class Peer:
+class Peer(ABC):
     """One system with the oracle loaded. ``generate`` is all that a benchmark calls."""
 
     name: str
@@ -57,8 +58,9 @@ class Peer:
         """Make ready for generations up to this length: call it with the longest one before any is timed."""
         self.generate(prompt_ids, max_new_tokens, sampling)
 
+    @abstractmethod
     def _generate(self, prompt_ids, length, config: SamplingConfig, seed: int, stop: Stop, streamer) -> list[int]:
-        raise NotImplementedError
+        """At most ``length`` new token ids; what follows a stop string is cut off by the caller."""
 
 
 class Own:
