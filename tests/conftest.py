@@ -1,6 +1,7 @@
 """Options and fixtures for every test."""
 
 import importlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -71,3 +72,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return saved[key]
 
     return save
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path) -> Callable[..., Path]:
+    """``copied(**fields)``: a checkpoint directory of this test's own, to be damaged."""
+
+    def copy(**fields) -> Path:
+        return shutil.copytree(checkpoint(**fields), tmp_path / "checkpoint")
+
+    return copy

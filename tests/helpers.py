@@ -18,9 +18,10 @@ from transformers import GPT2LMHeadModel
 from kernels import reference
 from kernels.layout import DEPTH_LIMIT, Tree
 from kernels.reference import new_tree
+from model.config import GPT2Config
 from model.gpt2 import GPT2, Query
 from model.kv_cache import PagedKVCache
-from model.weights import load
+from model.weights import GPT2Weights, load
 
 HEAD_DIM = 64
 # Sizes of a pass at which a row's bits could change: one row, few rows, around one and four blocks of 16 rows, many.
@@ -72,6 +73,11 @@ def assert_close(
         f"{int(wrong.sum())} of {wrong.numel()} values beyond {tolerance}; max error {error.max():.3g}, "
         f"RMS error {error.square().mean().sqrt():.3g}; first:\n{values}"
     )
+
+
+def load32(source) -> tuple[GPT2Config, GPT2Weights]:
+    """Config and float32 weights of a checkpoint directory or a model in memory."""
+    return load(source, torch.float32, "cpu")
 
 
 @functools.cache

@@ -1,9 +1,6 @@
 """The loader takes every form of a GPT-2 checkpoint and refuses, by name, every one it would compute wrongly."""
 
 import copy
-import json
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from model.config import GPT2Config
 from model.weights import GPT2Weights, from_state_dict, load
-from tests.helpers import hf_model
+from tests.helpers import hf_model, load32
 
 SHAPE = {"n_layer": 2, "n_head": 1}
 UNTIED = SHAPE | {"tie_word_embeddings": False}
@@ -36,32 +33,10 @@ LAYER = {
 C_FC = "transformer.h.1.mlp.c_fc.weight"
 
 
-@pytest.fixture
-def copied(checkpoint, tmp_path) -> Callable[..., Path]:
-    """``copied(**fields)``: a checkpoint directory of this test's own, to be damaged."""
-
-    def copy(**fields) -> Path:
-        return shutil.copytree(checkpoint(**fields), tmp_path / "checkpoint")
-
-    return copy
-
-
-def load32(source) -> tuple[GPT2Config, GPT2Weights]:
-    return load(source, torch.float32, "cpu")
-
-
 def edit_tensors(directory: Path, change: Callable[[dict], None]) -> Path:
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
-
-
-def edit_config(directory: Path, **fields) -> Path:
-    """Set fields of config.json; ``...`` removes one."""
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
     return directory
 
 
@@ -220,41 +195,6 @@ def test_weight_that_is_not_finite(copied, name, value):
         load32(edit_tensors(copied(**UNTIED), spoil))
 
 
-UNFIT_CONFIGS = {
-    "other-model": ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
-    "no-model-type": ({"model_type": ...}, "model_type must be 'gpt2', got None"),
-    "activation": ({"activation_function": "relu"}, "activation_function must be one of .*got 'relu'"),
-    "cross-attention": ({"add_cross_attention": True}, "add_cross_attention must be false"),
-    "uneven-heads": ({"n_head": 7}, "n_embd must be a multiple of n_head, got 64 and 7"),
-    "other-width": ({"n_embd": 128, "n_head": 2}, "has shape .*the config asks for"),
-    "layer-too-many": ({"n_layer": 3}, r"missing.*'h\.2\."),
-    "layer-too-few": ({"n_layer": 1}, r"unexpected.*'h\.1\."),
-    "vocabulary": ({"vocab_size": 98}, r"wte\.weight has shape \(97, 64\), the config asks for \(98, 64\)"),
-}
-
-
-@pytest.mark.parametrize(("fields", "message"), UNFIT_CONFIGS.values(), ids=UNFIT_CONFIGS)
-def test_config_that_does_not_fit(copied, fields, message):
-    """What the forward pass does not compute, and what disagrees with the weights, is refused."""
-    with pytest.raises(ValueError, match=message):
-        load32(edit_config(copied(**SHAPE), **fields))
-
-
-def test_missing_config(copied):
-    """A directory without config.json is no checkpoint; the file is named."""
-    directory = copied(**SHAPE)
-    (directory / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json is missing"):
-        load32(directory)
-
-
-def test_config_that_is_not_json(copied):
-    directory = copied(**SHAPE)
-    (directory / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
-        load32(directory)
-
-
 def test_missing_weights_file(copied):
     directory = copied(**SHAPE)
     (directory / "model.safetensors").unlink()
@@ -272,69 +212,15 @@ def test_corrupted_weights_file(copied, keep):
         load32(directory)
 
 
-def test_defaults_of_an_old_config(copied):
-    """Fields that old configs do not have take GPT-2's values, which are Hugging Face's defaults."""
-    absent = ["n_inner", "activation_function", "tie_word_embeddings", "scale_attn_weights", "add_cross_attention"]
-    config, _ = load32(edit_config(copied(**SHAPE), **dict.fromkeys(absent, ...)))
-    assert (config.n_inner, config.activation, config.tie_word_embeddings) == (256, "gelu_tanh", True)
-    assert config.attention_scale(1) == 64**-0.5
-
-
-@pytest.mark.parametrize(("eos", "expected"), [(5, (5,)), ([5, 6], (5, 6)), (None, (0,))], ids=["one", "two", "none"])
-def test_generation_config_names_the_end(copied, eos, expected):
-    """The end-of-text ids of generation_config.json win over config.json's, as in Hugging Face."""
-    directory = copied(**SHAPE)
-    (directory / "generation_config.json").write_text(json.dumps({} if eos is None else {"eos_token_id": eos}))
-    assert load32(directory)[0].eos_token_ids == expected
-
-
-def test_generation_config_of_a_model_in_memory_names_the_end():
-    model = hf_model()
-    model.generation_config.eos_token_id = [5, 7]
-    assert load32(model)[0].eos_token_ids == (5, 7)
-
-
 def test_a_later_change_of_the_model_changes_nothing():
     """Weights are copies, those too that are already of the right dtype and layout."""
     model = hf_model()
     weights = load32(model)[1]
-    before = [tensor.clone() for tensor in tensors_of(weights)]
+    before = [tensor.clone() for tensor in weights.tensors()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1.0
-    assert all(torch.equal(now, then) for now, then in zip(tensors_of(weights), before, strict=True))
-
-
-def tensors_of(weights) -> list[torch.Tensor]:
-    """Every tensor of ``weights``, those of the layers too."""
-    whole = [value for value in vars(weights).values() if isinstance(value, torch.Tensor)]
-    return whole + [value for layer in weights.layers for value in vars(layer).values()]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"n_head": 0}, "n_head must be an integer of at least 1, got 0"),
-        ({"n_head": -1}, "n_head must be an integer of at least 1, got -1"),
-        ({"n_embd": "64"}, "n_embd must be an integer of at least 1, got '64'"),
-        ({"n_layer": None}, "n_layer must be an integer of at least 1, got None"),
-        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number above 0"),
-        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon must be a number above 0"),
-        ({"eos_token_id": "x"}, "eos_token_id must be a token id"),
-    ],
-    ids=str,
-)
-def test_config_values_of_the_wrong_kind(fields, message):
-    """A config is checked before it is used: no TypeError from inside the loader, nothing taken silently."""
-    with pytest.raises(ValueError, match=re.escape(message)):
-        GPT2Config.from_hf({"model_type": "gpt2", **fields})
-
-
-def test_files_that_are_json_but_not_objects(copied):
-    directory = copied()
-    (directory / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object"):
-        load(directory, torch.float32, "cpu")
+    assert all(torch.equal(now, then) for now, then in zip(weights.tensors(), before, strict=True))
 
 
 def test_values_too_large_for_the_dtype():
