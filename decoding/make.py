@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from decoding import katz, text
+from decoding.command_line import printable
 from model import corpus, samples, training
 from model.runtime import bfloat16_is_fast
 
@@ -175,6 +176,7 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     given = {name: getattr(flags, name) for name in names} | {"vocab_size": tokenizer.get_vocab_size()}
     config = training.TrainingConfig(**given)
     start = _model(flags.start) if flags.start else None
+    origin = _ancestry(flags.start, start) if flags.start else None
     trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile, start=start)
     end = tokenizer.token_to_id(corpus.END_OF_TEXT)
     for written in (trainer.model.config, trainer.model.generation_config):
@@ -189,7 +191,7 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     for row in report(console, training.train(trainer, heldout, flags.out, flags.checkpoint_minutes)):
         if "heldout_loss" in row:
             trainer.model.save_pretrained(flags.out)
-            _write_card(flags, trainer, num_parameters)
+            _write_card(flags, trainer, num_parameters, origin)
 
 
 def report(console: Console, rows: Iterator[dict]) -> Iterator[dict]:
@@ -208,10 +210,10 @@ def report(console: Console, rows: Iterator[dict]) -> Iterator[dict]:
         yield row
 
 
-def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parameters: int) -> None:
+def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parameters: int, origin: dict | None) -> None:
     card = {
-        "command": " ".join(["staged", *map(_without_folder, sys.argv[1:])]),
-        "started_from": _ancestry(flags.start) if flags.start else None,
+        "command": printable("staged", sys.argv[1:]),
+        "started_from": origin,
         "config": asdict(trainer.config),
         "parameters": num_parameters,
         "text_tokens": len(trainer.ids),
@@ -222,20 +224,14 @@ def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parame
     (flags.out / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 
-def _ancestry(start: Path) -> dict:
+def _ancestry(directory: Path, start: GPT2LMHeadModel) -> dict:
     """What the model to begin from was: parameters, and the tokens that it and those before it had seen."""
-    weights = _model(start)
-    found = {"parameters": weights.num_parameters(), "tokens": None}
-    if (start / CARD).is_file():
-        card = json.loads((start / CARD).read_text())
+    found = {"parameters": start.num_parameters(), "tokens": None}
+    if (directory / CARD).is_file():
+        card = json.loads((directory / CARD).read_text())
         earlier = (card.get("started_from") or {}).get("tokens") or 0
         found["tokens"] = earlier + card["log"][-1]["tokens"]
     return found
-
-
-def _without_folder(argument: str) -> str:
-    """Folders of this machine say nothing to a reader: keep the last part."""
-    return f".../{Path(argument).name}" if argument.startswith(("/", "..", "~")) else argument
 
 
 def build_draft2(flags: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from decoding.command_line import printable
+
 COMMIT = "STAGED_COMMIT"  # environment variable that names the code where the tree has no .git
 
 
@@ -24,7 +26,7 @@ def describe() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m", f"profiling.{Path(sys.argv[0]).stem}", *map(_without_folder, sys.argv[1:])]),
+        "command": printable(f"python -m profiling.{Path(sys.argv[0]).stem}", sys.argv[1:]),
     }
 
 
@@ -42,8 +44,3 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get(COMMIT, "unknown")
     return head.strip() + (" + changes" if dirty.stdout.strip() else "")
-
-
-def _without_folder(argument: str) -> str:
-    """Folders of this machine say nothing to a reader: keep the last part."""
-    return f".../{Path(argument).name}" if "/" in argument else argument

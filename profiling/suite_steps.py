@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPTURED = "tests/test_gpu_capture.py"
 BUNDLED_FIRST = 0.2  # of the budget, for what is measured on the bundled models before larger ones exist
 
 
@@ -48,11 +47,12 @@ BUNDLED = Trio("bundled", "bundled", "auto", "auto")
 def plan(flags: argparse.Namespace) -> list[Step]:
     """All steps, most wanted first. ``flags`` are those of ``profiling.suite``."""
     seconds, out = flags.budget_minutes * 60, flags.out
-    # on real shapes; and captured iterations, which a CPU has only seen with a stand-in for the graph
-    chosen = (
-        (("tests/test_rows_of_a_pass.py",),) if flags.mini else (("tests", "-m", "gpu"), (CAPTURED, "-m", "not gpu"))
-    )
-    steps = [_tests(flags, name, *which) for name, which in zip(("tests", "tests-captured"), chosen, strict=False)]
+    if flags.mini:
+        steps = [_tests(flags, "tests", 0.4, "tests/test_rows_of_a_pass.py")]
+    else:
+        steps = [_tests(flags, "tests", 0.4, "tests", "-m", "gpu")]
+        # a CPU has seen captured iterations only with a stand-in for the graph
+        steps.append(_tests(flags, "tests-captured", 0.2, "tests/test_gpu_capture.py", "-m", "not gpu"))
     steps += _microbenchmarks(flags, seconds)
     if flags.oracle:
         trio = Trio("given", flags.oracle, flags.draft, flags.draft2)
@@ -69,9 +69,9 @@ def plan(flags: argparse.Namespace) -> list[Step]:
     return steps
 
 
-def _tests(flags: argparse.Namespace, name: str, *chosen: str) -> Step:
+def _tests(flags: argparse.Namespace, name: str, share: float, *chosen: str) -> Step:
     report = flags.out / name / "junit.xml"
-    return Step(name, ("-m", "pytest", *chosen, "-v", "--color=no", f"--junitxml={report}"), 0.4)
+    return Step(name, ("-m", "pytest", *chosen, "-v", "--color=no", f"--junitxml={report}"), share)
 
 
 def _microbenchmarks(flags: argparse.Namespace, seconds: float) -> list[Step]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from decoding import StagedDecoder, cli, make
+from decoding.command_line import printable
 from decoding.decoder import BUNDLED
 from model import bundle, corpus, growth, samples, training
 
@@ -325,11 +326,8 @@ def test_a_card_adds_up_what_the_models_before_had_seen():
     """The bundled oracle: 7.7 M tokens as the smaller model, 1.9 M since. And no folder of the machine is named."""
     cards = json.loads((BUNDLED / "oracle" / "training.json").read_text())
     seen = cards["started_from"]["tokens"] + cards["log"][-1]["tokens"]
-    assert make._ancestry(BUNDLED / "oracle") == {"parameters": cards["parameters"], "tokens": seen}
+    oracle = make._model(BUNDLED / "oracle")
+    assert make._ancestry(BUNDLED / "oracle", oracle) == {"parameters": cards["parameters"], "tokens": seen}
     assert f"that had seen {cards['started_from']['tokens'] / 1e6:.1f} M" in bundle.card("oracle", cards, {})
-    assert [make._without_folder(part) for part in ("/a/text", "../b/c", "model/d", "--out")] == [
-        ".../text",
-        ".../c",
-        "model/d",
-        "--out",
-    ]
+    command = printable("staged", ["--data", "/a/text", "--exclude", "../b/c", "--start", "model/d"])
+    assert command == "staged --data .../text --exclude .../c --start model/d"

@@ -30,10 +30,9 @@ def tree_attention(
 def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.Tensor:
     """At most ROW_BLOCK rows: float32 [N, H * D]."""
     num_rows, heads, dim = q.shape
-    live = len(block.tail_slots)  # more than num_rows where all blocks have one shape
-    q = _padded(q.transpose(0, 1), live).transpose(0, 1)
+    live = len(block.tail_slots)  # N, which is more than num_rows where all blocks have one shape
     tail_rows, window_rows = block.head_rows(heads)
-    queries = (q.float().transpose(0, 1) * scale).reshape(-1, 1, dim)  # [H * N, 1, D]
+    queries = _padded(q.float().transpose(0, 1) * scale, live).reshape(-1, 1, dim)  # [H * N, 1, D]
     scores = _each(queries, _gather(k_cache, tail_rows, TAIL_LANES).transpose(1, 2)).view(heads, live, TAIL_LANES)
     bias, windows = block.bias[:live], range(len(window_rows))
     if windows:
