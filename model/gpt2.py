@@ -72,7 +72,8 @@ class GPT2:
         )
         eps = config.layer_norm_epsilon
         moments = ops.new_moments(len(query.tokens), config.n_embd, self.device)  # of x, for layer norms
-        x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe, moments)  # [N, C]
+        x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe, moments)
+        x = ops.pad_rows(x)  # [N or a few more, C]
         for i, layer in enumerate(weights.layers):
             k, v = cache.k[i], cache.v[i]
             q = ops.layer_norm_qkv(
@@ -86,7 +87,7 @@ class GPT2:
                 *(config.activation, moments),
             )
             x = ops.linear_residual(h, layer.mlp_c_proj_weight, layer.mlp_c_proj_bias, x, moments)
-        return x
+        return x[: len(query.tokens)]
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, tile_maxima: torch.Tensor | None = None) -> torch.Tensor:

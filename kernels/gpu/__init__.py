@@ -38,6 +38,11 @@ def packed(weight: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
     return weight
 
 
+def pad_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [N, C] with the rows that every product of a pass wants: as it is, tiles are padded on the chip."""
+    return x
+
+
 __all__ = [
     "PREFILL_ROWS",
     "capturable",
@@ -59,6 +64,7 @@ __all__ = [
     "new_tile_maxima",
     "new_tree",
     "packed",
+    "pad_rows",
     "route",
     "select_nodes",
     "stage_rows",

@@ -11,7 +11,7 @@ from kernels.reference.linear import (
 )
 from kernels.reference.lookup import hash_context, learn, lookup, lookup_nodes, new_recent
 from kernels.reference.moments import new_moments
-from kernels.reference.route import PREFILL_ROWS, embed, path_slots, route
+from kernels.reference.route import PREFILL_ROWS, embed, pad_rows, path_slots, route
 from kernels.reference.rows import stage_rows
 from kernels.reference.sampling import draw, gumbel_noise, philox, seed_number
 from kernels.reference.state import capturable, new_chain, new_progress, new_seed, state_device
@@ -41,6 +41,7 @@ __all__ = [
     "new_tile_maxima",
     "new_tree",
     "packed",
+    "pad_rows",
     "path_slots",
     "philox",
     "reroot",

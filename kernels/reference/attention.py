@@ -24,36 +24,43 @@ def tree_attention(
 ) -> torch.Tensor:
     """Each row attends to its own path: softmax(scale q k) v -> [N, H * D], sums in float32. Padding rows give 0."""
     parts = [_attention_block(q[block.rows], k_cache, v_cache, block, scale) for block in route.blocks]
-    return _padded(parts[0] if len(parts) == 1 else torch.cat(parts), len(q)).to(q.dtype)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(q.dtype)
 
 
 def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.Tensor:
     """At most ROW_BLOCK rows: float32 [N, H * D]."""
     num_rows, heads, dim = q.shape
-    live = len(block.tail_slots)  # N, which is more than num_rows where all blocks have one shape
+    live = len(block.tail_slots)
     tail_rows, window_rows = block.head_rows(heads)
-    queries = _padded(q.float().transpose(0, 1) * scale, live).reshape(-1, 1, dim)  # [H * N, 1, D]
-    scores = _each(queries, _gather(k_cache, tail_rows, TAIL_LANES).transpose(1, 2)).view(heads, live, TAIL_LANES)
-    bias, windows = block.bias[:live], range(len(window_rows))
-    if windows:
-        multiple = ROW_BLOCK if one_shape(q.device) else agreeing_rows(heads, dim, torch.get_num_threads())
-        rows = -(-live // multiple) * multiple
-        by_head = _padded(queries.view(heads, live, dim), rows)
-        keys = _gather(k_cache, window_rows.flatten(), SHARED_WINDOW).view(-1, heads, SHARED_WINDOW, dim)
-        shared = [torch.bmm(by_head, keys[window].transpose(1, 2)) for window in windows]  # [H, R, SHARED_WINDOW]
-        scores, bias = torch.cat([_padded(scores, rows), *shared], -1), _padded(block.bias, rows)
-    weights = torch.softmax(scores.add_(bias), -1)  # [H, N or R, lanes]
-    mixed = torch.zeros_like(queries)
-    if windows:
-        values = _gather(v_cache, window_rows.flatten(), SHARED_WINDOW).view_as(keys)
+    multiple = ROW_BLOCK if one_shape(q.device) else agreeing_rows(heads, dim, torch.get_num_threads())
+    by_head = _padded(q.float().transpose(0, 1) * scale, -(-live // multiple) * multiple)  # [H, R, D]
+    keys = _gather(k_cache, tail_rows, TAIL_LANES)
+    scores = _each(by_head[:, :live].reshape(-1, 1, dim), keys.transpose(1, 2)).view(heads, live, TAIL_LANES)
+    if len(window_rows):
+        keys = _gather(k_cache, window_rows, SHARED_WINDOW).view(-1, heads, SHARED_WINDOW, dim)
+        shared = [torch.bmm(by_head, key.transpose(1, 2)) for key in keys]  # [H, R, SHARED_WINDOW]
+        scores = torch.cat([_padded(scores, by_head.shape[1]), *shared], -1)
+    weights = torch.softmax(scores.add_(block.bias[: scores.shape[1]]), -1)  # [H, N or R, lanes]
+    mixed = _tail_sums(v_cache, tail_rows, weights[:, :live, :TAIL_LANES].reshape(-1)).view(heads, live, dim)
+    if len(window_rows):
+        values = _gather(v_cache, window_rows, SHARED_WINDOW).view_as(keys)
         shared = weights[..., TAIL_LANES:].split(SHARED_WINDOW, -1)
-        mixed = torch.bmm(shared[0], values[0])
-        for window in windows[1:]:
-            mixed = mixed.baddbmm_(shared[window], values[window])
-        mixed = mixed[:, :live].reshape(-1, 1, dim)
-    weights = weights[:, :live, :TAIL_LANES].reshape(-1, 1, TAIL_LANES)
-    mixed = mixed + _each(weights, _gather(v_cache, tail_rows, TAIL_LANES))
-    return mixed.view(heads, live, dim).transpose(0, 1)[:num_rows].reshape(num_rows, -1)
+        sums = torch.bmm(shared[0], values[0])
+        for weight, value in zip(shared[1:], values[1:], strict=True):
+            sums = sums.baddbmm_(weight, value)
+        mixed = sums[:, :live].add_(mixed)
+    return _padded(mixed.transpose(0, 1).flatten(1), num_rows)
+
+
+def _tail_sums(cache: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of TAIL_LANES ``rows`` [B * TAIL_LANES] of a cache seen as [slots * H, D]: float32 [B, D].
+
+    Every sum is taken by itself, lane by lane.
+    """
+    if cache.dtype != torch.float32:
+        return _each(weights.view(-1, 1, TAIL_LANES), _gather(cache, rows, TAIL_LANES)).squeeze(1)
+    ends = torch.arange(0, len(rows) + 1, TAIL_LANES, device=rows.device)
+    return torch.embedding_bag(cache.flatten(0, 1), rows, ends, False, 0, False, weights, True)[0]
 
 
 def _gather(cache: torch.Tensor, rows: torch.Tensor, lanes: int) -> torch.Tensor:

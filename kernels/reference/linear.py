@@ -6,7 +6,6 @@ ROW_MULTIPLE, at most ROW_BLOCK, or else exactly ROW_BLOCK. ``Packed`` finds out
 this matrix and this number of threads; what was not checked runs on exactly ROW_BLOCK rows.
 """
 
-import warnings
 from dataclasses import replace
 
 import torch
@@ -76,7 +75,7 @@ class Packed:
         return ROW_BLOCK
 
     def _sums(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._parts[0], None)
+        return torch.ops.quantized.linear_dynamic_fp16(x, self._parts[0])
 
     def _fbgemm(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
         sums, scale = self._sums(x.float()), self._parts[1]
@@ -108,11 +107,10 @@ def matrices_are_native(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _in_halves(weight: torch.Tensor) -> tuple[torch.Tensor, float] | None:
+def _in_halves(weight: torch.Tensor) -> tuple[torch.ScriptObject, float] | None:
     """FBGEMM's packing of ``weight`` times a power of two in 16 bits, and the inverse of that power; None where a bit
-    would be lost or FBGEMM is not there."""
-    product = getattr(torch, "fbgemm_linear_fp16_weight_fp32_activation", None)
-    if product is None or "fbgemm" not in torch.backends.quantized.supported_engines:
+    would be lost or FBGEMM is not what torch uses."""
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
         return None
     weight = weight.float()
     _, exponent = torch.frexp(weight.abs().amax())
@@ -120,11 +118,7 @@ def _in_halves(weight: torch.Tensor) -> tuple[torch.Tensor, float] | None:
     scaled = weight * scale  # below 2^15
     if not torch.equal(scaled.half().float(), scaled):
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it will be gone in a later torch: then this function returns None
-        halves = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
-        product(weight.new_zeros(1, weight.shape[1]), halves, None)
-    return halves, 1.0 / scale
+    return torch.ops.quantized.linear_prepack_fp16(scaled, None), 1.0 / scale
 
 
 def agreeing_multiple(product) -> int:

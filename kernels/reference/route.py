@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from kernels.layout import NULL_PAGE, ROW_BLOCK, ROW_MULTIPLE, SHARED_WINDOW, TAIL_LANES, shared_end
 from kernels.reference.moments import with_moments
@@ -26,23 +27,28 @@ def embed(
     return with_moments(wte.index_select(0, tokens) + wpe.index_select(0, positions), moments)
 
 
+def pad_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [N, C] with the rows that every product of a pass wants below, so that none pads it again."""
+    return F.pad(x, (0, 0, 0, -len(x) % ROW_MULTIPLE))
+
+
 @dataclass
 class Block:
     """What up to ROW_BLOCK rows read: each row's own tail, then W windows of SHARED_WINDOW consecutive positions."""
 
-    rows: slice  # N of them, on a GPU padded to ROW_BLOCK; R is N made a multiple of ROW_MULTIPLE
-    tail_slots: torch.Tensor  # int64 [N, TAIL_LANES]
+    rows: slice  # ROW_BLOCK of them, though a pass may end before
+    tail_slots: torch.Tensor  # int64 [N, TAIL_LANES], on a GPU [ROW_BLOCK, TAIL_LANES]
     window_slots: torch.Tensor  # int64 [W, SHARED_WINDOW], in position order
-    bias: torch.Tensor  # float32 [R, TAIL_LANES + W * SHARED_WINDOW], 0 or, for a dead lane, -inf
+    bias: torch.Tensor  # float32 [ROW_BLOCK, TAIL_LANES + W * SHARED_WINDOW], 0 or, for a dead lane, -inf
     _by_heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def head_rows(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of tails and windows in a cache seen as [slots * H, D]: int64 [H * N * TAIL_LANES] and
-        [W, H * SHARED_WINDOW]. The same for every layer, so worked out once."""
+        [W * H * SHARED_WINDOW]. The same for every layer, so worked out once."""
         if heads not in self._by_heads:
             head = torch.arange(heads, device=self.bias.device)[:, None]
             tails = (self.tail_slots.view(1, -1) * heads + head).flatten()
-            windows = (self.window_slots[:, None] * heads + head).flatten(1)
+            windows = (self.window_slots[:, None] * heads + head).flatten()
             self._by_heads[heads] = tails, windows
         return self._by_heads[heads]
 
@@ -76,11 +82,11 @@ def route(
     tails = _path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots)
     ends, blocks = shared_end(positions), []
     for start in range(0, len(positions), ROW_BLOCK):
-        rows = slice(start, min(start + ROW_BLOCK, len(positions)))
+        rows = slice(start, start + ROW_BLOCK)
         slots, alive = _windows(page_table, page_size, sequences[rows], ends[rows])
         tail, bias = tails[rows], _bias(tails[rows] >= page_size, alive)
         if one_shape(device):
-            tail, bias = (_with_rows(part, fill) for part, fill in ((tail, NULL_PAGE), (bias, 0.0)))
+            tail = np.concatenate([tail, np.full((ROW_BLOCK - len(tail), TAIL_LANES), NULL_PAGE)])
         blocks.append(Block(rows, put(tail, np.int64), put(slots, np.int64), put(bias, np.float32)))
     write_rows = np.flatnonzero(slot_mapping >= 0)
     every = None if len(write_rows) == len(slot_mapping) else put(write_rows, np.int64)
@@ -127,7 +133,7 @@ def _windows(page_table, page_size, sequences, ends) -> tuple[np.ndarray, np.nda
 def _bias(*alive: np.ndarray) -> np.ndarray:
     """0 for a lane that is alive, -inf for a dead one; rows of padding are all alive, so that none is NaN."""
     lanes = np.concatenate(alive, 1)
-    bias = np.zeros((-(-len(lanes) // ROW_MULTIPLE) * ROW_MULTIPLE, lanes.shape[1]), dtype=np.float32)
+    bias = np.zeros((ROW_BLOCK, lanes.shape[1]), dtype=np.float32)
     bias[: len(lanes)][~lanes] = -np.inf
     return bias
 
@@ -135,11 +141,6 @@ def _bias(*alive: np.ndarray) -> np.ndarray:
 def one_shape(device: torch.device) -> bool:
     """Whether every block is padded to ROW_BLOCK rows: on a GPU, where nobody finds out which shapes agree."""
     return device.type != "cpu"
-
-
-def _with_rows(array: np.ndarray, fill: float) -> np.ndarray:
-    """``array`` [n, ...] with rows of ``fill`` below, [ROW_BLOCK, ...]."""
-    return np.concatenate([array, np.full((ROW_BLOCK - len(array), *array.shape[1:]), fill, dtype=array.dtype)])
 
 
 def _on_host(tensor: torch.Tensor) -> np.ndarray:
