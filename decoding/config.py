@@ -5,11 +5,10 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels.layout import DEPTH_LIMIT, Sampling
+from kernels.layout import DEPTH_LIMIT, MAX_CHILDREN, Sampling
 from kernels.reference import new_seed
 
 MAX_WIDTH = 1024  # nodes that one launch selects, and rounds
-MAX_CHILDREN = 64  # that a stage ranks for a node
 LEAST_TEMPERATURE = 1e-30  # logits over less leave float32
 METHODS = ("baseline", "speculative", "tree", "staged")
 

@@ -42,6 +42,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="tokens that the oracle writes itself, to learn from as well",
     )
+    draft.add_argument(
+        "--own-share",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="of what is learnt from, how much the oracle has written (default: 0.5)",
+    )
     _add_training(draft, DRAFT_DEFAULTS, ("vocab_size",))
     draft.set_defaults(run=train_draft)
 
@@ -160,10 +167,18 @@ def own_text(directory: Path, prompt_ids: np.ndarray, num_tokens: int, temperatu
     return np.concatenate([part.flatten() for part in parts])
 
 
+def blend(ids: np.ndarray, own: np.ndarray, own_share: float) -> np.ndarray:
+    """``ids`` and behind them ``own``, as often as makes it ``own_share`` of the whole, at least once."""
+    times = round(own_share / (1 - own_share) * len(ids) / len(own))
+    return np.concatenate([ids, *[own] * max(1, times)])
+
+
 def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2LMHeadModel | None) -> None:
     if flags.width < 64 or flags.width % 64:
         raise ValueError(f"width must be a multiple of 64, the size of a head, got {flags.width}")
     names = [field.name for field in fields(training.TrainingConfig) if hasattr(flags, field.name)]
+    if teacher is not None and not 0 < flags.own_share < 1:
+        raise ValueError(f"own-share must be above 0 and below 1, got {flags.own_share}")
     ids, heldout = prepare(flags, tokenizer_dir)
     if teacher is not None and flags.own_text:
         stored = flags.out / OWN_TEXT
@@ -171,7 +186,7 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
             unfinished = flags.out / f"unfinished_{OWN_TEXT}"
             np.save(unfinished, own_text(flags.oracle, ids, flags.own_text, 1.0))
             unfinished.replace(stored)
-        ids = np.concatenate([ids, np.load(stored)])
+        ids = blend(ids, np.load(stored), flags.own_share)
     tokenizer = _tokenizer(flags.out)
     given = {name: getattr(flags, name) for name in names} | {"vocab_size": tokenizer.get_vocab_size()}
     config = training.TrainingConfig(**given)

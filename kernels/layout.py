@@ -23,6 +23,7 @@ ROW_MULTIPLE = 4  # rows per product are a multiple of this, where such products
 MAX_ROWS = 128  # rows of one pass over a tree; a longer pass is a prefill
 MOMENT_PART = 32  # values of a row whose moments are kept together; tiles that leave moments are a multiple of it
 VOCAB_TILE = 64  # logits whose maximum the output head may keep for the sampler
+MAX_CHILDREN = 64  # that a stage ranks for a node
 MAX_PROBES = 16  # buckets that a look-up of a successor table may visit; the builder keeps within it
 LEAST_REST = 1e-6  # mass outside a remembered row, where rounding leaves none
 NULL_PAGE = 0  # never handed out, always zero: what a dead lane reads

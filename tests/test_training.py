@@ -291,6 +291,10 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train-oracle", "--out", draft, *data, "--width", "96"])
     assert "width must be a multiple of 64" in capsys.readouterr().err and not Path(draft).exists()
+    for share in ("0", "1", "nan"):
+        with pytest.raises(SystemExit):
+            cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-share", share])
+        assert "own-share must be above 0 and below 1" in capsys.readouterr().err and not Path(draft).exists()
     cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-text", "64"])
     stored = np.load(tmp_path / "draft" / "own_text.npy")
     assert stored.dtype == np.uint16 and len(stored) >= 64 and stored.max() < 300
@@ -308,6 +312,15 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     card = (tmp_path / "packed" / "README.md").read_text()
     assert size < 1e6 and "| text | unknown | 120 |" in card and "held-out loss" in card
     assert card.count("```python") == 2 * len(bundle.PROMPTS) and "def read_lines(path):" in card
+
+
+def test_share_of_the_oracles_own_text():
+    """A thousand tokens of its own beside a hundred thousand are a part of what is learnt from, not one in a hundred."""
+    text, own = np.zeros(100_000, np.uint16), np.ones(1000, np.uint16)
+    assert make.blend(text, own, 0.5).sum() == 100_000
+    assert make.blend(text, own, 0.2).mean() == pytest.approx(0.2)
+    assert make.blend(text, own, 0.001).sum() == 1000, "never less than once"
+    assert make.blend(text, own, 0.5).dtype == np.uint16
 
 
 def test_text_that_a_model_writes_follows_its_law():

@@ -24,9 +24,9 @@ from kernels.gpu.launch import FLOATS, launch, require
 from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.gpu.order import best, first, kth_largest, nucleus_cut, order
 from kernels.gpu.sampling_wide import draw_wide_kernel
-from kernels.layout import VOCAB_TILE, Sampling
+from kernels.layout import MAX_CHILDREN, VOCAB_TILE, Sampling
 
-NARROW_K = 64  # largest top-k and number of children of the narrow kernel
+NARROW_K = MAX_CHILDREN  # largest top-k and number of children of the narrow kernel
 _SEARCH_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}  # of a logit as float32, zeros not counted
 
 
@@ -197,14 +197,14 @@ def draw(
     """Draw each row's token and, for the next tree, its best children; see ``kernels.reference.draw``.
 
     One or two launches, and one more where ``tile_maxima`` are not given. Raises ValueError for more children than
-    NARROW_K.
+    MAX_CHILDREN.
     """
     num_rows, vocab_size = logits.shape
     device, width = logits.device, min(num_children, logits.shape[1])
     if logits.dtype not in FLOATS or logits.stride(1) != 1:
         raise ValueError(f"logits must be floats in rows of stride 1, got {logits.dtype}, strides {logits.stride()}")
-    if width > NARROW_K:
-        raise ValueError(f"num_children must be at most {NARROW_K}, got {num_children}")
+    if width > MAX_CHILDREN:
+        raise ValueError(f"num_children must be at most {MAX_CHILDREN}, got {num_children}")
     require("positions", positions, (num_rows,), torch.int32, device)
     require("seed", sampling.seed, (2,), torch.int32, device)
     if log_probs is not None:
