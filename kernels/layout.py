@@ -18,6 +18,7 @@ DEPTH_LIMIT = 32  # deepest node of any tree, the root being at depth 0
 TAIL_ALIGNMENT = 16  # shared_end is a multiple of this
 TAIL_LANES = DEPTH_LIMIT + TAIL_ALIGNMENT
 SHARED_WINDOW = 128  # keys per product of the shared part, torch backend
+TAIL_WINDOW = 64  # keys per product of what the tails of a few rows hold, torch backend
 ROW_BLOCK = 16  # most rows per product of the torch backend
 ROW_MULTIPLE = 4  # rows per product are a multiple of this, where such products were found to agree bit for bit
 MAX_ROWS = 128  # rows of one pass over a tree; a longer pass is a prefill

@@ -3,6 +3,9 @@
 A row's scores are those of its own tail, then those of the windows that it shares, in position order; a dead lane has
 weight zero. A softmax over more windows, dead for the row, adds whole vectors of zeros to the same sums. The weighted
 sums are taken window by window, the tail last.
+
+The tails of a block hold mostly the same keys. Where a score was found not to depend on the column that its key stands
+in, each of those keys is gathered once and multiplied with all rows, and every lane picks its score.
 """
 
 import functools
@@ -10,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES
+from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW
 from kernels.reference.linear import agreeing_multiple
 from kernels.reference.route import Block, Route, one_shape
 
@@ -31,25 +34,34 @@ def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.T
     """At most ROW_BLOCK rows: float32 [N, H * D]."""
     num_rows, heads, dim = q.shape
     live = len(block.tail_slots)
-    tail_rows, window_rows = block.head_rows(heads)
-    multiple = ROW_BLOCK if one_shape(q.device) else agreeing_rows(heads, dim, torch.get_num_threads())
+    multiple, columns_agree = _agreeing(q)
     by_head = _padded(q.float().transpose(0, 1) * scale, -(-live // multiple) * multiple)  # [H, R, D]
-    keys = _gather(k_cache, tail_rows, TAIL_LANES)
-    scores = _each(by_head[:, :live].reshape(-1, 1, dim), keys.transpose(1, 2)).view(heads, live, TAIL_LANES)
-    if len(window_rows):
-        keys = _gather(k_cache, window_rows, SHARED_WINDOW).view(-1, heads, SHARED_WINDOW, dim)
-        shared = [torch.bmm(by_head, key.transpose(1, 2)) for key in keys]  # [H, R, SHARED_WINDOW]
+    tail_rows, common_rows, window_rows = block.head_rows(heads)
+    if columns_agree:
+        products = [torch.bmm(by_head, keys) for keys in _transposed(k_cache, common_rows, TAIL_WINDOW)]
+        scores = torch.cat(products, -1).gather(2, block.tail_columns.expand(heads, -1, -1))  # [H, N, TAIL_LANES]
+    else:
+        keys = _gather(k_cache, tail_rows, TAIL_LANES).transpose(1, 2)
+        scores = _each(by_head[:, :live].reshape(-1, 1, dim), keys).view(heads, live, TAIL_LANES)
+    has_windows = len(window_rows) > 0
+    if has_windows:
+        shared = [torch.bmm(by_head, keys) for keys in _transposed(k_cache, window_rows, SHARED_WINDOW)]
         scores = torch.cat([_padded(scores, by_head.shape[1]), *shared], -1)
     weights = torch.softmax(scores.add_(block.bias[: scores.shape[1]]), -1)  # [H, N or R, lanes]
     mixed = _tail_sums(v_cache, tail_rows, weights[:, :live, :TAIL_LANES].reshape(-1)).view(heads, live, dim)
-    if len(window_rows):
-        values = _gather(v_cache, window_rows, SHARED_WINDOW).view_as(keys)
+    if has_windows:
+        values = _gather(v_cache, window_rows, SHARED_WINDOW).view(-1, heads, SHARED_WINDOW, dim)
         shared = weights[..., TAIL_LANES:].split(SHARED_WINDOW, -1)
         sums = torch.bmm(shared[0], values[0])
         for weight, value in zip(shared[1:], values[1:], strict=True):
             sums = sums.baddbmm_(weight, value)
         mixed = sums[:, :live].add_(mixed)
     return _padded(mixed.transpose(0, 1).flatten(1), num_rows)
+
+
+def _transposed(cache: torch.Tensor, rows: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Windows of keys as a product with all heads takes them: float32 [windows, H, D, lanes]."""
+    return _gather(cache, rows, lanes).view(-1, cache.shape[1], lanes, cache.shape[2]).transpose(2, 3)
 
 
 def _tail_sums(cache: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -80,15 +92,32 @@ def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x if x.shape[-2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[-2]))
 
 
+def _agreeing(q: torch.Tensor) -> tuple[int, bool]:
+    """``agreeing`` of queries [N, H, D] where they run; on a GPU nobody finds out."""
+    return (ROW_BLOCK, False) if one_shape(q.device) else agreeing(*q.shape[1:], torch.get_num_threads())
+
+
 @functools.cache
-def agreeing_rows(heads: int, dim: int, num_threads: int) -> int:
-    """The products of a window agree bit for bit on any multiple of this many rows up to ROW_BLOCK."""
+def agreeing(heads: int, dim: int, num_threads: int) -> tuple[int, bool]:
+    """What leaves the bits of attention's products alone: any multiple of how many rows up to ROW_BLOCK; and whether
+    the score of a key does not depend on its column."""
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(heads, n, dim, generator=generator) for n in (ROW_BLOCK, SHARED_WINDOW))
     weights = torch.rand(heads, ROW_BLOCK, SHARED_WINDOW, generator=generator)
+    few = keys[:, :TAIL_WINDOW]
 
     def products(rows: int) -> torch.Tensor:
-        scores = torch.bmm(queries[:, :rows], keys.transpose(1, 2))
-        return torch.cat([scores, torch.bmm(weights[:, :rows], keys)], -1).transpose(0, 1)
+        several = [torch.bmm(queries[:, :rows], some.transpose(1, 2)) for some in (keys, few)]
+        return torch.cat([*several, torch.bmm(weights[:, :rows], keys)], -1).transpose(0, 1)
 
-    return agreeing_multiple(products)
+    multiple = agreeing_multiple(products)
+    orders = [torch.randperm(TAIL_WINDOW, generator=generator) for _ in range(4)]
+    columns_agree = all(
+        torch.equal(
+            torch.bmm(queries[:, :rows], few[:, order].transpose(1, 2)),
+            torch.bmm(queries[:, :rows], few.transpose(1, 2))[..., order],
+        )
+        for rows in range(multiple, ROW_BLOCK + 1, multiple)
+        for order in orders
+    )
+    return multiple, columns_agree

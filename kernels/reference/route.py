@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import NULL_PAGE, ROW_BLOCK, ROW_MULTIPLE, SHARED_WINDOW, TAIL_LANES, shared_end
+from kernels.layout import NULL_PAGE, ROW_BLOCK, ROW_MULTIPLE, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW, shared_end
 from kernels.reference.moments import with_moments
 
 PREFILL_ROWS = 128  # rows of one pass of a long prompt: bounds the memory it takes
@@ -38,18 +38,21 @@ class Block:
 
     rows: slice  # ROW_BLOCK of them, though a pass may end before
     tail_slots: torch.Tensor  # int64 [N, TAIL_LANES], on a GPU [ROW_BLOCK, TAIL_LANES]
+    common_slots: torch.Tensor  # int64 [T, TAIL_WINDOW], each slot of all tails once
+    tail_columns: torch.Tensor  # int64 [N, TAIL_LANES], where each slot of a tail stands in them
     window_slots: torch.Tensor  # int64 [W, SHARED_WINDOW], in position order
     bias: torch.Tensor  # float32 [ROW_BLOCK, TAIL_LANES + W * SHARED_WINDOW], 0 or, for a dead lane, -inf
-    _by_heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _by_heads: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
-    def head_rows(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of tails and windows in a cache seen as [slots * H, D]: int64 [H * N * TAIL_LANES] and
-        [W * H * SHARED_WINDOW]. The same for every layer, so worked out once."""
+    def head_rows(self, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows of tails, of what they have in common, and of windows in a cache seen as [slots * H, D]: int64
+        [H * N * TAIL_LANES], [T * H * TAIL_WINDOW], [W * H * SHARED_WINDOW]. The same for every layer, so worked out
+        once."""
         if heads not in self._by_heads:
             head = torch.arange(heads, device=self.bias.device)[:, None]
-            tails = (self.tail_slots.view(1, -1) * heads + head).flatten()
-            windows = (self.window_slots[:, None] * heads + head).flatten()
-            self._by_heads[heads] = tails, windows
+            tails = self.tail_slots.view(1, 1, -1)
+            several = (tails, self.common_slots[:, None], self.window_slots[:, None])
+            self._by_heads[heads] = tuple((slots * heads + head).flatten() for slots in several)
         return self._by_heads[heads]
 
 
@@ -87,7 +90,8 @@ def route(
         tail, bias = tails[rows], _bias(tails[rows] >= page_size, alive)
         if one_shape(device):
             tail = np.concatenate([tail, np.full((ROW_BLOCK - len(tail), TAIL_LANES), NULL_PAGE)])
-        blocks.append(Block(rows, put(tail, np.int64), put(slots, np.int64), put(bias, np.float32)))
+        indices = [put(part, np.int64) for part in (tail, *_once(tail), slots)]
+        blocks.append(Block(rows, *indices, put(bias, np.float32)))
     write_rows = np.flatnonzero(slot_mapping >= 0)
     every = None if len(write_rows) == len(slot_mapping) else put(write_rows, np.int64)
     return Route(every, put(slot_mapping[write_rows], np.int64), blocks)
@@ -128,6 +132,17 @@ def _windows(page_table, page_size, sequences, ends) -> tuple[np.ndarray, np.nda
         slots.append(np.where(lanes < end, found, NULL_PAGE))
         alive.append(lanes < mine[:, None])
     return np.concatenate(slots).reshape(-1, SHARED_WINDOW), np.concatenate(alive, 1)
+
+
+def _once(tails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Windows [T, TAIL_WINDOW] that hold every slot of ``tails`` [N, TAIL_LANES] once, and where each stands."""
+    column = np.zeros(tails.max() + 1, dtype=np.int64)
+    column[tails] = 1
+    slots = np.flatnonzero(column)
+    column[slots] = np.arange(len(slots))
+    windows = np.full((-(-len(slots) // TAIL_WINDOW), TAIL_WINDOW), NULL_PAGE)
+    windows.reshape(-1)[: len(slots)] = slots
+    return windows, column[tails]
 
 
 def _bias(*alive: np.ndarray) -> np.ndarray:
