@@ -48,7 +48,7 @@ SHAPES = {
     "xl": Shape("gpt2-xl", 48, 1600, 25),
 }
 BUNDLED = {
-    "oracle": Shape("bundled oracle", 6, 256, 4, vocab=8192),
+    "oracle": Shape("bundled oracle", 7, 384, 6, vocab=8192),
     "draft": Shape("bundled draft", 2, 128, 2, vocab=8192),
 }
 
