@@ -55,12 +55,15 @@ class Setting(NamedTuple):
     rows: Rows
 
 
+SPENT = "skipped: budget spent"
+
+
 def guarded(setting: Setting, step: Callable[..., None], described: dict[str, Any], *args: Any) -> None:
     """Run one step of a benchmark: what it raises becomes a row, and past the deadline it is not begun."""
     name = " ".join(str(value) for value in described.values())
     if time.monotonic() > setting.deadline:
         print(f"{name}: skipped, the budget is spent", flush=True)
-        setting.rows.add(**described, failure="skipped: budget spent")
+        setting.rows.add(**described, failure=SPENT)
         return
     try:
         step(setting, described, *args)
@@ -322,7 +325,7 @@ def main() -> int:
     setting = Setting(device, dtype, ops, flags.text_length, flags.samples, deadline, rows)
     with torch.no_grad():
         benchmark(setting, shapes, sorted(flags.rows), not flags.no_flex, 1 if flags.rehearse else flags.jobs)
-    failures = sum("failure" in row or row.get("check") == "red" for row in rows.rows)
+    failures = sum(row.get("failure", SPENT) != SPENT or row.get("check") == "red" for row in rows.rows)
     print(f"{len(rows.rows)} rows, {failures} of them failures, in {rows.path('json').name}")
     return 1 if failures else 0
 

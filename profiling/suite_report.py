@@ -10,12 +10,14 @@ from profiling.rows import write_whole
 from profiling.suite_steps import Step
 
 MAX_BYTES = 15_000_000
-TESTS = ("tests", "tests-captured")  # steps whose output is pytest's
+TESTS = "tests"  # the names of steps whose output is pytest's begin so
 TABLE_LINES, LOG_LINES = 150, 25
 WEIGHTS = (".safetensors", ".pt", ".npz", ".npy")
 PACKED = (".gz", ".png")
 SUMMARY, ARCHIVE = "summary.md", "suite.tar.gz"
-_OUTCOME = re.compile(r"^(\S+::\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", re.MULTILINE)
+_ENDED = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
+_OUTCOME = re.compile(rf"^(\S+::\S.*?) ({_ENDED})", re.MULTILINE)
+_OUTCOME_OF_WORKER = re.compile(rf"^\[gw\d+\] (?:\[ *\d+%\] )?({_ENDED}) (\S+::.*?) *$", re.MULTILINE)
 
 
 def write_report(out: Path, document: dict, steps: list[Step]) -> None:
@@ -62,7 +64,8 @@ def summary(out: Path, document: dict, steps: list[Step], left_out: list[Path]) 
         f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}",
     ]
     lines[-1] += f", {facts['date']}; `{facts['command']}`"
-    failing = [test for name in TESTS for test in failing_tests(out / "logs" / f"{name}.txt")]
+    names = [name for name in latest if name.startswith(TESTS)]
+    failing = [test for name in names for test in failing_tests(out / "logs" / f"{name}.txt")]
     failed = [name for name, row in latest.items() if row["status"] != "ok"]
     if failing or failed:
         lines += ["", "## Failures", *(f"- {test}" for test in failing)]
@@ -95,7 +98,8 @@ def _ending(row: dict) -> str:
 
 def outcomes(log: Path) -> dict[str, str]:
     """How each test ended, from pytest's -v output, which is there even where pytest was stopped."""
-    return dict(_OUTCOME.findall(log.read_text(encoding="utf-8", errors="replace"))) if log.exists() else {}
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return dict(_OUTCOME.findall(text)) | {test: ended for ended, test in _OUTCOME_OF_WORKER.findall(text)}
 
 
 def failing_tests(log: Path) -> list[str]:
@@ -105,7 +109,7 @@ def failing_tests(log: Path) -> list[str]:
 def _tables(out: Path, name: str) -> list[str]:
     """The step's Markdown, or the end of its log where it wrote none."""
     log = out / "logs" / f"{name}.txt"
-    if name in TESTS:
+    if name.startswith(TESTS):
         found = list(outcomes(log).values())
         return [", ".join(f"{found.count(kind)} {kind.lower()}" for kind in dict.fromkeys(found)) or "none has ended"]
     tables = sorted((out / name).rglob("*.md"))

@@ -1,11 +1,17 @@
 """The steps of ``profiling.suite`` in order of value, as commands; what each needs, makes, and how long it may take."""
 
 import argparse
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUNDLED_FIRST = 0.2  # of the budget, for what is measured on the bundled models before larger ones exist
+BRIEF = 25.0  # minutes; in less, models of GPT-2 Large's size are not worth training
+KERNELS = ("tests/test_gpu_kernels.py", "tests/test_gpu_loop.py")  # every kernel, and whole generations
+# A CPU has seen captured iterations only with a stand-in for the graph: here all tests of these count.
+CAPTURED = ("tests/test_gpu_capture.py", "tests/test_gpu_no_host_reads.py")
+USUAL_PEERS = ("hf-generate", "hf-assisted", "hf-prompt-lookup")
+JOBS = 8  # tests at a time: most of their first run is compiling
 
 
 @dataclass(frozen=True)
@@ -50,23 +56,38 @@ def plan(flags: argparse.Namespace) -> list[Step]:
     if flags.mini:
         steps = [_tests(flags, "tests", 0.4, "tests/test_rows_of_a_pass.py")]
     else:
-        steps = [_tests(flags, "tests", 0.4, "tests", "-m", "gpu")]
-        # a CPU has seen captured iterations only with a stand-in for the graph
-        steps.append(_tests(flags, "tests-captured", 0.2, "tests/test_gpu_capture.py", "-m", "not gpu"))
+        steps = [_tests(flags, "tests-kernels", 0.25, *KERNELS, "-m", "gpu", *parallel())]
+        steps.append(_tests(flags, "tests-captured", 0.15, *CAPTURED, *parallel()))
+    bundled_first = not flags.oracle and not flags.mini
+    if bundled_first:
+        steps.append(_latency(flags, BUNDLED, 0.15, USUAL_PEERS))
     steps += _microbenchmarks(flags, seconds)
+    if bundled_first:
+        steps.append(_timeline(flags, BUNDLED, 0.12))
     if flags.oracle:
-        trio = Trio("given", flags.oracle, flags.draft, flags.draft2)
-    else:
-        if not flags.mini:
-            steps.append(_timeline(flags, BUNDLED, BUNDLED_FIRST))
+        steps += _figures(flags, Trio("given", flags.oracle, flags.draft, flags.draft2))
+    elif flags.mini or flags.budget_minutes >= BRIEF:
         steps += _training(flags)
         models = out / "models"
         made = (models / "oracle" / "model.safetensors", models / "draft" / "model.safetensors", models / "draft2")
-        trio = Trio("trained", *(str(models / name) for name in ("oracle", "draft", "draft2")), made)
-    steps += [_timeline(flags, trio, 0.2), _latency(flags, trio, 0.4), _paper(flags, trio, 1.0)]
+        steps += _figures(flags, Trio("trained", *(str(models / name) for name in ("oracle", "draft", "draft2")), made))
     if not flags.mini:
-        steps += [_latency(flags, BUNDLED, 1.0), _paper(flags, BUNDLED, 1.0)]
+        if not bundled_first:
+            steps.append(_latency(flags, BUNDLED, 1.0, USUAL_PEERS))
+        steps.append(_paper(flags, BUNDLED, 1.0))
+        others = [f"--ignore={path}" for path in (*KERNELS, *CAPTURED)]
+        steps.append(_tests(flags, "tests-others", 1.0, "tests", "-m", "gpu", *others, *parallel()))
     return steps
+
+
+def parallel() -> tuple[str, ...]:
+    """pytest's flags for several tests at a time, where it can."""
+    return ("-n", str(JOBS)) if importlib.util.find_spec("xdist") else ()
+
+
+def _figures(flags: argparse.Namespace, trio: Trio) -> list[Step]:
+    peers = () if flags.mini else USUAL_PEERS
+    return [_timeline(flags, trio, 0.2), _latency(flags, trio, 0.4, peers), _paper(flags, trio, 1.0)]
 
 
 def _tests(flags: argparse.Namespace, name: str, share: float, *chosen: str) -> Step:
@@ -83,9 +104,10 @@ def _microbenchmarks(flags: argparse.Namespace, seconds: float) -> list[Step]:
     def budget(share: float) -> tuple[str, ...]:
         return ("--budget-seconds", f"{share * seconds:.0f}")
 
-    kernels = ("-m", "profiling.kernels", *folder("kernels"), *budget(0.22), *rehearsed)
+    kernels = ("-m", "profiling.kernels", *folder("kernels"), *budget(0.17), *rehearsed)
     sampler = ("-m", "profiling.sampler", *folder("sampler"), *rehearsed)
-    steps = [Step("kernels", kernels + (("--no-flex",) if flags.mini else ()), 0.25), Step("sampler", sampler, 0.15)]
+    slow = ("--no-flex",) if flags.budget_minutes < BRIEF else ()  # what takes minutes to compile
+    steps = [Step("kernels", (*kernels, *slow), 0.2), Step("sampler", sampler, 0.1)]
     if flags.tune:
         table = () if flags.mini else ("--table", str(flags.out / "tune" / "tuned.json"))
         tune = ("-m", "profiling.tune", *folder("tune"), *budget(0.37), *rehearsed[:1], *table)
@@ -135,11 +157,11 @@ def _timeline(flags: argparse.Namespace, trio: Trio, share: float) -> Step:
     return Step(name, command, share, trio.needs)
 
 
-def _latency(flags: argparse.Namespace, trio: Trio, share: float) -> Step:
+def _latency(flags: argparse.Namespace, trio: Trio, share: float, peers: tuple[str, ...]) -> Step:
     name = f"latency-{trio.name}"
     lengths = ("--input-len", "8", "--output-len", "8") if flags.mini else ("--input-len", "32,512")
     counts = ("1", "0") if flags.mini else ("10", "3")
-    peers = () if flags.mini else ("--peers",)
+    peers = ("--peers", *peers) if peers else ()
     command = ("-m", "profiling.latency", "--output-json", str(flags.out / name / "latency.json"), *trio.flags)
     command += (*lengths, "--num-iters", counts[0], "--num-iters-warmup", counts[1], *peers, *_prompts(flags))
     return Step(name, command, share, trio.needs)

@@ -8,6 +8,7 @@ the same walk.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -75,13 +76,16 @@ def measure(
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(loops):
                 for call in calls:
                     call()
     except Exception as error:  # a comparator that synchronises: its launches are timed one by one
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+        with suppress(RuntimeError):
+            graph.reset()
         torch.cuda.synchronize(device)
         print(f"  not captured, timed by events: {first_line(error)}", flush=True)
         return _by_events(calls, device, samples)

@@ -226,6 +226,21 @@ def test_nan_reaches_its_readers(positions, cache):
     assert cache == "v_cache" or not out[~readers].isnan().any()
 
 
+@pytest.mark.parametrize("score", [-80.0, -100.0, 100.0])
+@pytest.mark.parametrize("rows", ["tree", "prefill"])
+def test_far_scores(rows, score):
+    """Beyond what exp holds in float32: every key of a row scores alike, so the values are averaged."""
+    if rows == "tree":
+        given = tree_pass(SMALL, torch.float32, [200], 5, page_size=1, num_nowhere=0)
+    else:
+        given = prefill_pass(SMALL, torch.float32, 30, 140, page_size=1)
+    keys = torch.where(given.k_cache.isnan(), given.k_cache, 1.0)
+    given = given._replace(k_cache=keys, q=torch.full_like(given.q, score / SMALL.dim**0.5))  # times dim, times scale
+    for backend in (gpu, reference):
+        (mixed,) = run(backend, "tree_attention", given)
+        assert_near(mixed, run(reference, "tree_attention", in_float64(given))[0], torch.float32)
+
+
 @DTYPES
 def test_wide_embedding(dtype):
     """A row of GPT-2 XL, 1600 wide, no power of two; sums of two values round once, so the bits are the twin's."""

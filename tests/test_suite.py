@@ -14,7 +14,7 @@ import pytest
 from decoding import cli
 from profiling import latency, suite, timeline
 from profiling.suite import Suite, run_all, run_process
-from profiling.suite_report import fitting_files, summary, write_report
+from profiling.suite_report import fitting_files, outcomes, summary, write_report
 from profiling.suite_steps import Step, plan
 
 FACTS = {
@@ -134,18 +134,54 @@ def test_the_archive_stays_small(tmp_path):
 
 def test_the_plan_without_models_trains_them(tmp_path):
     """A chain of GPT-2 Large's shape is trained between the microbenchmarks and what is measured with it."""
-    names = [step.name for step in plan(flags(tmp_path))]
-    assert names[:5] == ["tests", "tests-captured", "kernels", "sampler", "timeline-bundled"]
-    assert names[5:8] == ["train-oracle", "train-draft", "build-draft2"]
-    assert names[8:] == ["timeline-trained", "latency-trained", "paper-trained", "latency-bundled", "paper-bundled"]
-    oracle = plan(flags(tmp_path))[5].arguments
+    steps = plan(flags(tmp_path, "--budget-minutes", "30"))
+    names = [step.name for step in steps]
+    assert names[:3] == ["tests-kernels", "tests-captured", "latency-bundled"]
+    assert names[3:6] == ["kernels", "sampler", "timeline-bundled"]
+    assert names[6:9] == ["train-oracle", "train-draft", "build-draft2"]
+    assert names[9:] == ["timeline-trained", "latency-trained", "paper-trained", "paper-bundled", "tests-others"]
+    oracle = steps[6].arguments
     sizes = dict(zip(oracle, oracle[1:], strict=False))
-    assert (sizes["--layers"], sizes["--width"], sizes["--minutes"]) == ("36", "1280", "3")
+    assert (sizes["--layers"], sizes["--width"], sizes["--minutes"]) == ("36", "1280", "9")
+
+
+def test_a_short_loan_trains_nothing_and_has_time_for_every_kind_of_figure(tmp_path):
+    """Nine minutes: tests, latency, microbenchmarks and timeline fit, each at its limit; the rest has what is left."""
+    steps = plan(flags(tmp_path, "--budget-minutes", "9"))
+    assert [step.name for step in steps][-2:] == ["paper-bundled", "tests-others"]
+    assert not any(step.name.startswith(("train", "build")) for step in steps)
+    assert sum(step.share for step in steps[:-2]) < 1.0
+    kernels = next(step for step in steps if step.name == "kernels").arguments
+    assert "--no-flex" in kernels
+
+
+def test_device_tests_are_run_once(tmp_path):
+    """Files of the first steps are left out of the last one, and exist."""
+    steps = {step.name: step.arguments for step in plan(flags(tmp_path))}
+    first = {part for name in ("tests-kernels", "tests-captured") for part in steps[name] if part.endswith(".py")}
+    left_out = {part.removeprefix("--ignore=") for part in steps["tests-others"] if part.startswith("--ignore=")}
+    assert first == left_out and all((suite.ROOT / path).is_file() for path in first)
+
+
+def test_outcomes_of_parallel_tests(tmp_path):
+    """pytest-xdist names the worker first and the test last; a test that was only begun has no outcome."""
+    log = tmp_path / "tests-kernels.txt"
+    log.write_text(
+        "tests/a.py::one[x y] \n[gw0] [ 10%] PASSED tests/a.py::one[x y] \n[gw11] FAILED tests/b.py::two \n"
+        "[gw1] [  3%] SKIPPED tests/c.py::three \ntests/d.py::four \ntests/e.py::five PASSED [ 4%]\n"
+    )
+    assert outcomes(log) == {
+        "tests/a.py::one[x y]": "PASSED",
+        "tests/b.py::two": "FAILED",
+        "tests/c.py::three": "SKIPPED",
+        "tests/e.py::five": "PASSED",
+    }
 
 
 def test_the_plan_with_models_uses_them(tmp_path):
     steps = plan(flags(tmp_path, "--oracle", "gpt2-large", "--draft", "distilgpt2", "--tune"))
     assert [step.name for step in steps[1:6]] == ["tests-captured", "kernels", "sampler", "tune", "timeline-given"]
+    assert steps[-3].name == "latency-bundled" and steps[-3].share == 1.0
     assert not any(step.name.startswith(("train", "build")) for step in steps)
     paper = next(step for step in steps if step.name == "paper-given").arguments
     assert "distilgpt2" in paper and "--draft2" not in paper
