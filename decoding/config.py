@@ -109,10 +109,10 @@ def chain(num_tokens: int, stage: str = "draft") -> SpeculationConfig:
     return SpeculationConfig((stage,), (num_tokens,), (1,), (1,), num_tokens, num_tokens)
 
 
-def default_speculation(method: str | None, available: list[str]) -> SpeculationConfig:
+def default_speculation(method: str | None, available: list[str], rows: int = 16) -> SpeculationConfig:
     """The default shape of ``method`` on the stages there are, cheapest first; None means all of them.
 
-    A budget of 15 nodes fills one block of 16 rows together with the root, which is what a pass costs on a CPU anyway.
+    ``rows`` are those that a pass takes for little more than one: the nodes of a tree fill them together with the root.
 
     Raises ValueError where the method needs a stage that is missing.
     """
@@ -128,11 +128,11 @@ def default_speculation(method: str | None, available: list[str]) -> Speculation
     if method == "speculative":
         return chain(4, drafts[-1])
     if method == "tree":
-        return SpeculationConfig(drafts[-1:], (4,), (4,), (4,), budget=15, max_depth=8)
+        return SpeculationConfig(drafts[-1:], (4,), (4,), (4,), budget=max(rows, 8) - 1, max_depth=8)
     lookup = ("draft2",) if "draft2" in available else ()
     n, m = len(lookup), len(drafts)
     rounds = (2,) * (n + m - 1) + (1 if n + m > 1 else 2,)  # one pass of the topmost, over what those below propose
-    return SpeculationConfig(lookup + drafts, rounds, (6,) * n + (15,) * m, (4,) * (n + m), 15, 12)
+    return SpeculationConfig(lookup + drafts, rounds, (6,) * n + (rows - 1,) * m, (4,) * (n + m), rows - 1, 12)
 
 
 @dataclass(frozen=True)

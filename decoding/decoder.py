@@ -258,7 +258,9 @@ class StagedDecoder:
             method = method or self._plan.fastest
             if method in self._plan.shapes:
                 return self._plan.shapes[method]
-        return default_speculation(method, [stage.name for stage in self.lower])
+        model = self.oracle.model
+        rows = model.ops.cheap_rows(model.device, model.dtype)
+        return default_speculation(method, [stage.name for stage in self.lower], rows)
 
 
 @contextmanager

@@ -33,6 +33,11 @@ def capturable(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def cheap_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows that a pass takes for little more than one: by the model of its cost, not yet measured."""
+    return 16
+
+
 def packed(weight: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
     """``weight`` as the linear layers read it fastest: as it is."""
     return weight
@@ -46,6 +51,7 @@ def pad_rows(x: torch.Tensor) -> torch.Tensor:
 __all__ = [
     "PREFILL_ROWS",
     "capturable",
+    "cheap_rows",
     "draw",
     "embed",
     "insert_children",

@@ -2,6 +2,7 @@
 
 from kernels.reference.attention import tree_attention
 from kernels.reference.linear import (
+    cheap_rows,
     layer_norm_linear,
     layer_norm_qkv,
     linear_residual,
@@ -21,6 +22,7 @@ from kernels.reference.verify import verify, verify_and_commit
 __all__ = [
     "PREFILL_ROWS",
     "capturable",
+    "cheap_rows",
     "draw",
     "embed",
     "gumbel_noise",

@@ -101,6 +101,13 @@ def packed(weight: Matrix) -> Matrix:
     return weight if isinstance(weight, Packed) or weight.device.type != "cpu" else Packed(weight)
 
 
+def cheap_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows that a pass takes for little more than one: matrix instructions take a block as they take a row; vectors
+    are padded to a few rows anyway, and take longer for more (profiling/results/cpu)."""
+    on_vectors = device.type == "cpu" and not (dtype == torch.bfloat16 and matrices_are_native(dtype))
+    return ROW_MULTIPLE if on_vectors else ROW_BLOCK
+
+
 def matrices_are_native(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of ``dtype`` with instructions of this processor."""
     if not torch.backends.mkldnn.is_available():
