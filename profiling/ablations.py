@@ -9,7 +9,7 @@ from pathlib import Path
 
 from decoding import SpeculationConfig, StagedDecoder
 from decoding.compare import available_methods
-from decoding.config import chain
+from decoding.config import chain, default_speculation
 from profiling.paper_runs import BASELINE, Ours
 
 CHAINS = tuple(range(1, 9))
@@ -29,6 +29,11 @@ def scaled(config: SpeculationConfig, budget: int) -> SpeculationConfig:
     return dataclasses.replace(config, widths=widths, budget=budget)
 
 
+def _whole_block(decoder: StagedDecoder, method: str) -> SpeculationConfig:
+    """The default shape where a pass of 16 rows is cheap, whatever it is on this machine: what budgets scale."""
+    return default_speculation(method, [stage.name for stage in decoder.lower])
+
+
 def without_draft(config: SpeculationConfig) -> SpeculationConfig:
     """draft² of ``config`` alone, with the rounds that it has in the chain of all stages."""
     one = {name: getattr(config, name)[:1] for name in ("stages", "rounds", "widths", "children")}
@@ -43,9 +48,9 @@ def variants(decoders: dict[str, StagedDecoder]) -> list[Ours]:
     available = available_methods(decoder)
     if "tree" in available:
         found += [Ours(f"chain of {n}", decoder, chain(n), "chain") for n in CHAINS]
-        found += [Ours(f"tree, {n} nodes", decoder, scaled(decoder.plan("tree"), n), "tree") for n in BUDGETS]
+        found += [Ours(f"tree, {n} nodes", decoder, scaled(_whole_block(decoder, "tree"), n), "tree") for n in BUDGETS]
     if "staged" in available:
-        plan = decoder.plan("staged")
+        plan = _whole_block(decoder, "staged")
         found += [Ours(f"staged, {n} nodes", decoder, scaled(plan, n), "staged") for n in BUDGETS]
         alone = without_draft(plan)
         found += [Ours(f"draft2 alone, {n} nodes", decoder, scaled(alone, n), "draft2") for n in BUDGETS]

@@ -13,6 +13,7 @@ import torch
 
 from decoding import StagedDecoder
 from decoding.compare import HFGenerate
+from decoding.config import default_speculation
 from decoding.decoder import BUNDLED
 from decoding.execution import MAX_PLANS, Captured
 from profiling import ablations, dram, paper, paper_session, paper_tables, prompts
@@ -253,11 +254,15 @@ def test_nothing_is_captured_while_a_clock_runs(config, monkeypatch):
 
 
 def test_budgets_keep_the_default_shape(config):
-    """At the default budget a variant is the default; others are scaled, and every one gives the baseline's tokens."""
+    """A budget of a whole block has the default's shape; others are scaled; every one gives the baseline's tokens."""
     decoders = ablations.load(config.oracle, list(config.draft), list(config.draft2), dtype="float32")
     decoder = next(iter(decoders.values()))
     for method in ("tree", "staged"):
-        assert ablations.scaled(decoder.plan(method), 15) == decoder.plan(method)
+        default = default_speculation(method, [stage.name for stage in decoder.lower])
+        assert ablations.scaled(default, 15) == default
+        half = ablations.scaled(default, 7)
+        assert (half.budget, half.rounds, half.children) == (7, default.rounds, default.children)
+        assert half.widths == tuple(max(1, round(width * 7 / 15)) for width in default.widths)
     methods = ablations.variants(decoders)
     assert {method.kind for method in methods} == {"method", "chain", "tree", "staged", "draft2"}
     case, gap = Case("ablations", 0, TOP_K, 3, FIXED), OwnGap(decoder.oracle.model)
