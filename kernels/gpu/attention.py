@@ -29,12 +29,13 @@ LOG2E = 1.4426950408889634  # exp(x) = exp2(LOG2E x), folded into the scale
 def _online(scores, maximum, total):
     """One step of a running softmax: weights of ``scores`` [.., n], the factor of what is already mixed, the new state.
 
-    Where a row's scores are all dead, so far or up to here, the factor is exactly one, and dead weights exactly zero.
+    Where a row's scores are all dead the weights are exactly zero and the factor is exactly one, or, where nothing is
+    mixed yet, zero.
     """
     new = tl.maximum(maximum, tl.max(scores, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
     weights = tl.exp2(scores - safe[:, None])
-    factor = tl.exp2(tl.where(maximum == float("-inf"), safe, maximum) - safe)
+    factor = tl.exp2(maximum - safe)
     return weights, factor, new, total * factor + tl.sum(weights, 1)
 
 
