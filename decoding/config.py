@@ -128,7 +128,7 @@ def default_speculation(method: str | None, available: list[str], rows: int = 16
     if method == "speculative":
         return chain(4, drafts[-1])
     if method == "tree":
-        return SpeculationConfig(drafts[-1:], (4,), (4,), (4,), budget=max(rows, 8) - 1, max_depth=8)
+        return SpeculationConfig(drafts[-1:], (4,), (4,), (4,), budget=rows - 1, max_depth=8)
     lookup = ("draft2",) if "draft2" in available else ()
     n, m = len(lookup), len(drafts)
     rounds = (2,) * (n + m - 1) + (1 if n + m > 1 else 2,)  # one pass of the topmost, over what those below propose
