@@ -102,8 +102,8 @@ def packed(weight: Matrix) -> Matrix:
 
 
 def cheap_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """Rows that a pass takes for little more than one: matrix instructions take a block as they take a row; vector units
-    take longer, and half a block was never far from the best.
+    """Rows that a pass takes for little more than one: matrix instructions take a block as they take a row, vector
+    units take longer, and half a block was never far from the best.
     """
     on_vectors = device.type == "cpu" and not (dtype == torch.bfloat16 and matrices_are_native(dtype))
     return ROW_BLOCK // 2 if on_vectors else ROW_BLOCK
