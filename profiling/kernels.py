@@ -40,6 +40,7 @@ from profiling.timing import ceilings, copies_for, first_line, is_cold, measure
 CHECK_ROWS = 64
 OURS = "ours"
 EARLY = "ours, early launches"
+SPENT = "skipped: budget spent"
 TINY = Shape("tiny", 2, 128, 2, vocab=500, positions=256)
 
 
@@ -53,9 +54,6 @@ class Setting(NamedTuple):
     samples: int
     deadline: float  # of time.monotonic
     rows: Rows
-
-
-SPENT = "skipped: budget spent"
 
 
 def guarded(setting: Setting, step: Callable[..., None], described: dict[str, Any], *args: Any) -> None:

@@ -37,7 +37,7 @@ def prompts_dir(request: pytest.FixtureRequest) -> Path:
     """The folder given as ``--prompts``; tests that ask for it are skipped without one."""
     given = request.config.getoption("--prompts")
     if given is None:
-        pytest.skip("needs --prompts DIR")
+        pytest.skip("needs --prompts DIR, a folder with humaneval/HumanEval.jsonl.gz")
     return Path(given)
 
 

@@ -42,7 +42,7 @@ def test_lockstep(name):
     assert seen >= EVENTS[name], f"never came up: {EVENTS[name] - seen}"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(20))
 @REAL_SHAPE
 def test_lockstep_on_real_shapes(seed):
     """Trees of up to 512 nodes, passes of up to 64 rows, GPT-2's context."""

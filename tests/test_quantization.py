@@ -19,7 +19,7 @@ from model.quantization import quantize, quantize_matrix
 from model.weights import load
 from tests.gpu_helpers import ARGUMENTS, DTYPES, assert_near, in_float64, inputs, run
 from tests.helpers import hf_model, tiny_gpt2
-from tests.interpreter import DEVICE, INTERPRETING
+from tests.interpreter import DEVICE
 from tests.test_lossless import tiny_model
 
 WEIGHTS = {
@@ -148,7 +148,6 @@ def test_bundled_trio(sampling):
     assert all(text == texts[0] for text in texts)
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="the interpreter's share; a GPU runs the loop on real shapes")
 def test_backends_agree_on_the_text():
     """A chain on the Triton backend, the draft in 8 bits: the tokens of the torch backend."""
     texts = {}

@@ -117,7 +117,9 @@ def test_whose_code_runs():
     square, numbers = torch.ones(400, 400), np.random.default_rng(0).random(200_000)
     with sampling() as samples:
         if samples is None:
-            pytest.skip("this kernel permits no samples")
+            pytest.skip(
+                "needs perf_event_open(2), which this system does not permit: kernel.perf_event_paranoid, a sandbox"
+            )
         times = {
             "interpreter": busy(lambda: [i * i for i in range(1000)]),
             "torch": busy(lambda: square @ square),
