@@ -38,6 +38,7 @@ def test_quantized_by_hand():
     assert matrix.values.tolist() == [[127, -64, 1, 0], [0, 0, 0, 0], [-127, 2, 2, 127]]
     assert matrix.values.dtype == torch.int8 and matrix.scales.dtype == torch.float32
     torch.testing.assert_close(matrix.scales[[0, 2]], torch.tensor([0.01, 2.0]))
+    assert (matrix.scales > 0).all(), "a row of zeros is not divided by zero"
     assert matrix.nbytes == 3 * 4 + 3 * 4
 
 
