@@ -70,6 +70,11 @@ def guarded(setting: Setting, step: Callable[..., None], described: dict[str, An
         setting.rows.add(**described, failure=first_line(error))
 
 
+def count_failures(rows: list[dict[str, Any]]) -> int:
+    """Rows of what went wrong; what there was no time for did not."""
+    return sum(row.get("failure", SPENT) != SPENT or row.get("check") == "red" for row in rows)
+
+
 def report(row: dict[str, Any]) -> None:
     """One line of progress."""
     print(
@@ -323,7 +328,7 @@ def main() -> int:
     setting = Setting(device, dtype, ops, flags.text_length, flags.samples, deadline, rows)
     with torch.no_grad():
         benchmark(setting, shapes, sorted(flags.rows), not flags.no_flex, 1 if flags.rehearse else flags.jobs)
-    failures = sum(row.get("failure", SPENT) != SPENT or row.get("check") == "red" for row in rows.rows)
+    failures = count_failures(rows.rows)
     print(f"{len(rows.rows)} rows, {failures} of them failures, in {rows.path('json').name}")
     return 1 if failures else 0
 

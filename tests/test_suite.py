@@ -145,7 +145,7 @@ def test_the_plan_without_models_trains_them(tmp_path):
     assert (sizes["--layers"], sizes["--width"], sizes["--minutes"]) == ("36", "1280", "9")
 
 
-def test_a_short_loan_trains_nothing_and_has_time_for_every_kind_of_figure(tmp_path):
+def test_a_short_budget_trains_nothing_and_has_time_for_every_kind_of_figure(tmp_path):
     """Nine minutes: tests, latency, microbenchmarks and timeline fit, each at its limit; the rest has what is left."""
     steps = plan(flags(tmp_path, "--budget-minutes", "9"))
     assert [step.name for step in steps][-2:] == ["paper-bundled", "tests-others"]
