@@ -83,9 +83,12 @@ def said(out: GenerateOutput) -> tuple[list[int], list[str], str]:
     ],
 )
 def test_same_as_the_torch_backend(prompt, method, sampling, decoder):
-    """Tokens, and which stage proposed each of them, in float32; the methods that should speculate do."""
+    """Tokens, and which stage proposed each of them, in float32 and with trees of one shape (the default one depends
+    on the device); the methods that should speculate do.
+    """
+    shape = decoder("triton").plan(method)
     triton, torch_ = (
-        decoder(backend).generate(PROMPTS[prompt], 6, method=method, **SAMPLINGS[sampling])
+        decoder(backend).generate(PROMPTS[prompt], 6, speculation=shape, **SAMPLINGS[sampling])
         for backend in ("triton", "torch")
     )
     assert said(triton) == said(torch_)

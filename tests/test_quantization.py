@@ -151,12 +151,13 @@ def test_bundled_trio(sampling):
 
 def test_backends_agree_on_the_text():
     """A chain on the Triton backend, the draft in 8 bits: the tokens of the torch backend."""
-    texts = {}
+    texts, shape = {}, None
     for backend in ("triton", "torch"):
         decoder = StagedDecoder.from_pretrained(
             tiny_model(0, 1), tiny_model(0, 1), None, DEVICE, "float32", backend, draft_quantization="int8"
         )
-        out = decoder.generate([5, 17], 3, method="speculative", **SAMPLED)
+        shape = shape or decoder.plan("speculative")
+        out = decoder.generate([5, 17], 3, speculation=shape, **SAMPLED)
         texts[backend] = out.new_token_ids, out.token_stages
     assert texts["triton"] == texts["torch"]
 
