@@ -143,7 +143,9 @@ class KatzStage(_Counters):
         if verdict.log_probs is not None:
             start = time.perf_counter()
             tree, progress, _ = state
-            self.ops.learn(self.recent, tree, verdict.nodes, progress, verdict.children, verdict.log_probs)
+            columns = (verdict.nodes, verdict.children, verdict.log_probs)
+            for nodes, *drawn in zip(*(column.split(MAX_ROWS) for column in columns), strict=True):  # in their order
+                self.ops.learn(self.recent, tree, nodes, progress, *drawn)
             self._add_work(0, 0, start)
 
     def end(self) -> None:

@@ -33,15 +33,11 @@ class CudaGraph:
         self._device, self._graph = device, torch.cuda.CUDAGraph()
 
     def capture(self, run: Callable[[], None]) -> None:
-        """Warm up on a side stream, in order with the current one, then capture there."""
+        """Warm up on the current stream, where launches of other threads wait their turn, then capture on another."""
         with torch.cuda.device(self._device):
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                for _ in range(NUM_WARM_UPS):
-                    run()
-            current.wait_stream(side)
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+            for _ in range(NUM_WARM_UPS):
+                run()
+            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 run()
 
     def replay(self) -> None:

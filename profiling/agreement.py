@@ -20,6 +20,7 @@ from decoding import StagedDecoder
 from decoding.compare import DEMO_PROMPTS
 from decoding.config import SamplingConfig
 from decoding.decoder import BUNDLED
+from kernels.layout import SuccessorTable
 from kernels.reference import lookup
 from model.gpt2 import GPT2
 from profiling import machine, prompts
@@ -47,7 +48,8 @@ def table_draws(stage, text: list[int], num_new: int, sampling) -> torch.Tensor:
     ids = torch.tensor([-1, *text], dtype=torch.int32)
     first = len(text) - num_new
     positions = torch.arange(first, len(text), dtype=torch.int32)
-    return lookup(stage.table, ids[first - 1 : -2], ids[first:-1], positions, sampling, BEST)[0]
+    table = SuccessorTable(*(part.cpu() if torch.is_tensor(part) else part for part in stage.table))
+    return lookup(table, ids[first - 1 : -2], ids[first:-1], positions, sampling, BEST)[0]
 
 
 def share(lower: torch.Tensor, upper: torch.Tensor) -> tuple[float, float]:

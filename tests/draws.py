@@ -64,17 +64,21 @@ def results(
     return *drawn, log_probs, of_children
 
 
-def assert_values(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+def assert_values(actual: torch.Tensor, expected: torch.Tensor, name: str, tolerance: float = TOLERANCE) -> None:
     """Within the tolerance where ``expected`` is finite, the same infinity or NaN where it is not."""
     assert torch.equal(actual.isnan(), expected.isnan()), f"{name}: NaN at other places"
     assert torch.equal(actual == -math.inf, expected == -math.inf), f"{name}: -inf at other places"
     finite = expected.isfinite()
     error = (actual[finite] - expected[finite]).abs().max().item() if finite.any() else 0.0
-    assert error <= TOLERANCE, f"{name}: off by {error:.3g}"
+    assert error <= tolerance, f"{name}: off by {error:.3g}"
 
 
 def check(
-    logits: torch.Tensor, sampling: Sampling, num_children: int = 4, maxima: torch.Tensor | None = None
+    logits: torch.Tensor,
+    sampling: Sampling,
+    num_children: int = 4,
+    maxima: torch.Tensor | None = None,
+    tolerance: float = TOLERANCE,
 ) -> tuple[torch.Tensor, ...]:
     """Assert that the kernel agrees with the twin; what the kernel gave, on the host."""
     if maxima is None and logits.shape[1] >= 8192:
@@ -83,9 +87,9 @@ def check(
     expected = results(reference, logits.cpu(), sampling, num_children)
     tokens, children, edges, log_probs, of_children = expected
     assert torch.equal(actual[0], tokens), f"tokens {actual[0].tolist()}, expected {tokens.tolist()}"
-    assert_values(actual[2], edges, "edges")
+    assert_values(actual[2], edges, "edges", tolerance)
     live = edges > -math.inf
     assert torch.equal(actual[1][live], children[live])
-    assert_values(actual[3], log_probs, "log_probs")
-    assert_values(actual[4], of_children, "child_log_probs")
+    assert_values(actual[3], log_probs, "log_probs", tolerance)
+    assert_values(actual[4], of_children, "child_log_probs", tolerance)
     return tuple(actual)

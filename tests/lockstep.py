@@ -19,7 +19,7 @@ from tests.interpreter import DEVICE, INTERPRETING
 VOCAB = 7  # few tokens: guesses merge, are rejected and are drawn often
 TAU = 0.85
 # Each number of rows is a binary of its own: nothing in the interpreter, a second of compiling for a GPU.
-ROOM, CHILDREN = ((-2, -1, 0, 1, 2), (1, 2, 3, 4, 5)) if INTERPRETING else ((-2, 0), (1, 4))
+ROOM, CHILDREN = ((-2, -1, 0, 1, 2), (1, 2, 3, 4, 5)) if INTERPRETING else ((-2, 2), (1, 4))
 
 
 def int32(*values, device: str = "cpu") -> torch.Tensor:

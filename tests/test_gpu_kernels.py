@@ -289,7 +289,7 @@ def test_layer_norm_far_from_zero(width):
     x[3] = 7.0
     ones, eye = torch.ones(width, device=DEVICE), torch.eye(width, device=DEVICE)
     y = gpu.layer_norm_linear(x, ones, torch.zeros_like(ones), EPS, eye, None)
-    assert not y[3].any()
+    assert y[3].abs().max() < 5e-4  # where the mean is off by a unit in the last place: divided by sqrt(EPS)
     wanted = F.layer_norm(x.double(), (width,), eps=EPS)
     assert (y - wanted).abs().max() < 5e-4  # a unit in the last place of 1000 is 6e-5
 

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from decoding.stages import KatzStage, Scored, State
 from kernels import gpu, reference
-from kernels.layout import MAX_PROBES, SuccessorTable
+from kernels.layout import MAX_PROBES, MAX_ROWS, SuccessorTable
 from kernels.reference import hash_context
 from tests.laws import GREEDY
 from tests.worked_iteration import (
@@ -151,3 +152,14 @@ def test_buckets_that_are_no_power_of_two_are_refused():
     nodes, children = (torch.zeros(*size, dtype=torch.int32, device=device) for size in ((1,), (1, 2)))
     with pytest.raises(ValueError, match="keys must have a power of two of buckets, got 12"):
         gpu.learn(table, tree, nodes, progress, children, torch.zeros(1, 2, device=device))
+
+
+def test_a_wide_verdict_is_learnt_in_launches_of_a_pass(table, ops, monkeypatch):
+    """Each of at most MAX_ROWS nodes, in order: a launch compares all of its nodes with one another."""
+    stage, launched = KatzStage("draft2", table, ops), []
+    monkeypatch.setattr(ops, "learn", lambda recent, tree, nodes, progress, *drawn: launched.append((nodes, *drawn)))
+    nodes = torch.arange(2 * MAX_ROWS + 3, dtype=torch.int32)
+    children, log_probs = torch.stack([nodes, nodes], 1), torch.rand(len(nodes), 2)
+    stage.learn(State(None, None, None), Scored(nodes, nodes, children, log_probs, log_probs))
+    assert [len(part[0]) for part in launched] == [MAX_ROWS, MAX_ROWS, 3]
+    assert all(map(torch.equal, map(torch.cat, zip(*launched, strict=True)), (nodes, children, log_probs)))

@@ -21,7 +21,7 @@ PROMPTS = [[1, 2, 3, 4], [5, 6, 7]]
 
 @pytest.fixture(scope="module")
 def bundled() -> StagedDecoder:
-    return StagedDecoder.from_pretrained(dtype="float32")
+    return StagedDecoder.from_pretrained(device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
