@@ -84,9 +84,9 @@ def said(out: GenerateOutput) -> tuple[list[int], list[str], str]:
 )
 def test_same_as_the_torch_backend(prompt, method, sampling, decoder):
     """Tokens, and which stage proposed each of them, in float32 and with trees of one shape (the default one depends
-    on the device); the methods that should speculate do.
+    on the device; that of a CPU is small); the methods that should speculate do.
     """
-    shape = decoder("triton").plan(method)
+    shape = decoder("torch").plan(method)
     triton, torch_ = (
         decoder(backend).generate(PROMPTS[prompt], 6, speculation=shape, **SAMPLINGS[sampling])
         for backend in ("triton", "torch")
@@ -100,8 +100,11 @@ def test_same_as_the_torch_backend(prompt, method, sampling, decoder):
 def test_methods_agree(sampling, dtype, decoder):
     """In half precision: one text for every method and for a tree of odd width and budget, above a filled window."""
     odd = SpeculationConfig(("draft2", "draft"), (2, 2), (3, 5), (3, 4), budget=13, max_depth=5)
-    shapes = [{"method": method} for method in METHODS if method != "staged"] + [{"speculation": odd}]
-    outs = [decoder("triton", dtype).generate(PROMPTS["window"], 4, **shape, **SAMPLINGS[sampling]) for shape in shapes]
+    shapes = [decoder("torch").plan(method) for method in METHODS if method != "staged"] + [odd]
+    outs = [
+        decoder("triton", dtype).generate(PROMPTS["window"], 4, speculation=shape, **SAMPLINGS[sampling])
+        for shape in shapes
+    ]
     assert len({tuple(out.new_token_ids) for out in outs}) == 1, [out.new_token_ids for out in outs]
     assert len(outs[0].new_token_ids) == 4
 

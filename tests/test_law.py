@@ -218,17 +218,18 @@ def baseline(decoder):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_whole_generations_follow_the_oracles_law(decoder, oracle, baseline, method):
-    """5,000 generations of two tokens against P(a) P(b | a) from Hugging Face's logits; four methods share P_VALUE.
+    """5,000 baseline generations of two tokens against P(a) P(b | a) from Hugging Face's logits, and 2,000 of every
+    other method; four methods share P_VALUE.
 
     Each method must also emit the baseline's tokens seed by seed, which is the stronger statement.
     """
-    pairs = baseline if method == "baseline" else generate(decoder, method, NUM_SEEDS, max_new_tokens=2, top_k=0)
+    pairs = baseline if method == "baseline" else generate(decoder, method, 2000, max_new_tokens=2, top_k=0)
     first = logits_after(oracle, torch.tensor([PROMPT]))[0, -1].double().softmax(0)
     second = logits_after(oracle, torch.tensor([[*PROMPT, a] for a in range(V)]))[:, -1].double().softmax(1)
     counts = np.zeros((V, V), dtype=np.int64)
     np.add.at(counts, tuple(np.array(pairs).T), 1)
     assert chi_square(counts, (first[:, None] * second).numpy()) > P_VALUE / len(METHODS)
-    assert pairs == baseline
+    assert pairs == baseline[: len(pairs)]
 
 
 FILTERS = {
