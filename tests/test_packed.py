@@ -74,16 +74,63 @@ def test_rows_are_padded_once_a_pass(rows):
 
 @pytest.mark.parametrize(
     ("spoilt", "found"),
-    [("nothing", (ROW_MULTIPLE, True)), ("columns", (ROW_MULTIPLE, False)), ("rows", (ROW_BLOCK, True))],
+    [
+        ("nothing", (ROW_MULTIPLE, True)),
+        ("columns", (ROW_MULTIPLE, False)),
+        ("gaps", (ROW_MULTIPLE, False)),
+        ("rows", (ROW_BLOCK, True)),
+    ],
 )
 def test_what_agrees_is_found_out(spoilt, found, monkeypatch):
-    """Against a product that agrees by construction, one that depends on the column, and one on how many rows."""
+    """Against a product that agrees by construction, and ones that depend on the column of a key, on which values have
+    a weight, and on how many rows there are."""
 
     def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         sums = (a[:, :, None].double() * b.transpose(1, 2)[:, None].double()).sum(-1).float()
         if spoilt == "columns":
             sums = sums * (1 + 1e-6 * torch.arange(sums.shape[2]))
+        if spoilt == "gaps":
+            sums = sums * (1 + 1e-6 * ((a != 0) * torch.arange(a.shape[2])).amax(-1, keepdim=True))
         return sums * (1 + 1e-6 * sums.shape[1]) if spoilt == "rows" else sums
 
     monkeypatch.setattr(attention.torch, "bmm", bmm)
     assert attention.agreeing.__wrapped__(2, 64, 1) == found
+
+
+def committed_pass(num_sequences: int, rows_each: int, start: int):
+    """Queries of ``rows_each`` consecutive committed rows of each sequence, and their route."""
+    length, count = start + rows_each, num_sequences * rows_each
+    table = torch.arange(1, 1 + num_sequences * length, dtype=torch.int32).view(num_sequences, length)
+    sequences = torch.arange(num_sequences, dtype=torch.int32).repeat_interleave(rows_each)
+    positions = torch.arange(start, length, dtype=torch.int32).repeat(num_sequences)
+    paths, nodes = torch.zeros(count, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    slots = table[sequences.long(), positions.long()]
+    return table, torch.full((num_sequences,), length, dtype=torch.int32), sequences, positions, paths, nodes, slots
+
+
+@pytest.mark.parametrize("found", [(ROW_MULTIPLE, True), (ROW_MULTIPLE, False), (ROW_BLOCK, False)])
+@pytest.mark.parametrize(("num_sequences", "rows_each", "start"), [(1, 21, 5), (1, 19, 300), (5, 4, 40), (3, 5, 170)])
+def test_attention_in_blocks(found, num_sequences, rows_each, start, monkeypatch):
+    """Whatever was found to agree: softmax of the row's own prefix, and the same bits as the row by itself. Tails of
+    several sequences are too many for the columns of one block."""
+    if found[1] and attention.agreeing(3, 16, torch.get_num_threads()) != found:
+        pytest.skip("this machine's products do not agree")
+    monkeypatch.setattr(attention, "agreeing", lambda *_: found)
+    table, committed, sequences, positions, *rest = committed_pass(num_sequences, rows_each, start)
+    k, v = (torch.randn(1 + table.numel(), 3, 16) for _ in range(2))
+    k[0] = v[0] = 0.0
+    q = torch.randn(len(positions), 3, 16)
+
+    def attend(rows: slice) -> torch.Tensor:
+        chosen = (sequences[rows], positions[rows], rest[0][rows], rest[1], rest[2][rows])
+        return reference.tree_attention(q[rows], k, v, reference.route(table, 1, committed, *chosen), 0.3)
+
+    together = attend(slice(None))
+    blocks = reference.route(table, 1, committed, sequences, positions, *rest).blocks
+    assert [i for block in blocks for i in range(len(q))[block.rows]] == list(range(len(q)))
+    for row, (sequence, position) in enumerate(zip(sequences.tolist(), positions.tolist(), strict=True)):
+        held = table[sequence, : position + 1].long()
+        weights = torch.softmax(0.3 * torch.einsum("hd,nhd->hn", q[row].double(), k[held].double()), -1)
+        wanted = torch.einsum("hn,nhd->hd", weights, v[held].double()).flatten()
+        assert (together[row] - wanted).abs().max() < 1e-5
+        assert torch.equal(attend(slice(row, row + 1))[0], together[row])

@@ -1,11 +1,13 @@
 """Torch twin of tree attention, bit-exact in the number of rows.
 
-A row's scores are those of its own tail, then those of the windows that it shares, in position order; a dead lane has
-weight zero. A softmax over more windows, dead for the row, adds whole vectors of zeros to the same sums. The weighted
-sums are taken window by window, the tail last.
+The keys of a few rows stand in columns: those of all tails, each once and in the order of positions, then the windows
+that the rows share. Every row picks its lanes from the scores of all columns, its own tail's first; a dead lane has
+weight zero. A softmax over more windows, dead for the row, adds whole vectors of zeros to the same sums. The weights go
+back to the columns, and the weighted sums are taken tail first, then window by window.
 
-The tails of a block hold mostly the same keys. Where a score was found not to depend on the column that its key stands
-in, each of those keys is gathered once and multiplied with all rows, and every lane picks its score.
+That is exact where a score does not depend on the column that its key stands in, and where a product adds up its
+columns one after the other, so that a zero weight changes no bit. Where that was not found, tails are multiplied row by
+row.
 """
 
 import functools
@@ -26,58 +28,62 @@ def tree_attention(
     scale: float,
 ) -> torch.Tensor:
     """Each row attends to its own path: softmax(scale q k) v -> [N, H * D], sums in float32. Padding rows give 0."""
-    parts = [_attention_block(q[block.rows], k_cache, v_cache, block, scale) for block in route.blocks]
+    parts = [_attention_block(q[block.rows].float(), k_cache, v_cache, block, scale) for block in route.blocks]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(q.dtype)
 
 
 def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.Tensor:
     """At most ROW_BLOCK rows: float32 [N, H * D]."""
     num_rows, heads, dim = q.shape
-    live = len(block.tail_slots)
-    multiple, columns_agree = _agreeing(q)
-    by_head = _padded(q.float().transpose(0, 1) * scale, -(-live // multiple) * multiple)  # [H, R, D]
-    tail_rows, common_rows, window_rows = block.head_rows(heads)
-    if columns_agree:
-        products = [torch.bmm(by_head, keys) for keys in _transposed(k_cache, common_rows, TAIL_WINDOW)]
-        scores = torch.cat(products, -1).gather(2, block.tail_columns.expand(heads, -1, -1))  # [H, N, TAIL_LANES]
+    multiple, agree = (ROW_BLOCK, False) if one_shape(q.device) else agreeing(heads, dim, torch.get_num_threads())
+    by_head = _padded(q.transpose(0, 1), -(-num_rows // multiple) * multiple)  # [H, R, D]
+    rows = block.head_rows(heads)
+    keys, values = (_gather(cache, rows).view(heads, -1, dim) for cache in (k_cache, v_cache))  # [H, C, D]
+    if agree:
+        scores = torch.bmm(by_head, keys.transpose(1, 2)).gather(2, block.columns.expand(heads, -1, -1))
     else:
-        keys = _gather(k_cache, tail_rows, TAIL_LANES).transpose(1, 2)
-        scores = _each(by_head[:, :live].reshape(-1, 1, dim), keys).view(heads, live, TAIL_LANES)
-    has_windows = len(window_rows) > 0
-    if has_windows:
-        shared = [torch.bmm(by_head, keys) for keys in _transposed(k_cache, window_rows, SHARED_WINDOW)]
-        scores = torch.cat([_padded(scores, by_head.shape[1]), *shared], -1)
-    weights = torch.softmax(scores.add_(block.bias[: scores.shape[1]]), -1)  # [H, N or R, lanes]
-    mixed = _tail_sums(v_cache, tail_rows, weights[:, :live, :TAIL_LANES].reshape(-1)).view(heads, live, dim)
-    if has_windows:
-        values = _gather(v_cache, window_rows, SHARED_WINDOW).view(-1, heads, SHARED_WINDOW, dim)
-        shared = weights[..., TAIL_LANES:].split(SHARED_WINDOW, -1)
-        sums = torch.bmm(shared[0], values[0])
-        for weight, value in zip(shared[1:], values[1:], strict=True):
-            sums = sums.baddbmm_(weight, value)
-        mixed = sums[:, :live].add_(mixed)
-    return _padded(mixed.transpose(0, 1).flatten(1), num_rows)
+        scores = _scores(by_head, keys, block)
+    weights = torch.softmax(torch.add(block.bias, scores, alpha=scale), -1)  # [H, live, lanes]
+    spread = keys.new_zeros(heads, by_head.shape[1], keys.shape[1])
+    spread.scatter_(2, block.columns.expand(heads, -1, -1), weights)
+    if agree:
+        mixed = torch.bmm(spread[..., :TAIL_WINDOW], values[:, :TAIL_WINDOW])
+    else:
+        mixed = _padded(_tail_sums(weights[..., :TAIL_LANES], values, block), by_head.shape[1])
+    for start in range(TAIL_WINDOW, keys.shape[1], SHARED_WINDOW):
+        window = slice(start, start + SHARED_WINDOW)
+        mixed.baddbmm_(spread[..., window], values[:, window])
+    return mixed[:, :num_rows].transpose(0, 1).flatten(1)
 
 
-def _transposed(cache: torch.Tensor, rows: torch.Tensor, lanes: int) -> torch.Tensor:
-    """Windows of keys as a product with all heads takes them: float32 [windows, H, D, lanes]."""
-    return _gather(cache, rows, lanes).view(-1, cache.shape[1], lanes, cache.shape[2]).transpose(2, 3)
+def _gather(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` of a cache seen as [slots * H, D], in float32."""
+    return cache.flatten(0, 1).index_select(0, rows).float()
 
 
-def _tail_sums(cache: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sums of TAIL_LANES ``rows`` [B * TAIL_LANES] of a cache seen as [slots * H, D]: float32 [B, D].
-
-    Every sum is taken by itself, lane by lane.
-    """
-    if cache.dtype != torch.float32:
-        return _each(weights.view(-1, 1, TAIL_LANES), _gather(cache, rows, TAIL_LANES)).squeeze(1)
-    ends = torch.arange(0, len(rows) + 1, TAIL_LANES, device=rows.device)
-    return torch.embedding_bag(cache.flatten(0, 1), rows, ends, False, 0, False, weights, True)[0]
+def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """``x`` [H, N, C] with zeros below, [H, rows, C]."""
+    return x if x.shape[1] == rows else F.pad(x, (0, 0, 0, rows - x.shape[1]))
 
 
-def _gather(cache: torch.Tensor, rows: torch.Tensor, lanes: int) -> torch.Tensor:
-    """``rows`` [B * lanes] of a cache [slots, H, D] seen as [slots * H, D]: float32 [B, lanes, D]."""
-    return cache.flatten(0, 1).index_select(0, rows).float().view(-1, lanes, cache.shape[-1])
+def _of_tails(x: torch.Tensor, block: Block) -> torch.Tensor:
+    """What of ``x`` [H, C, D] each row's tail holds: [H * live, TAIL_LANES, D]."""
+    return x[:, block.columns[:, :TAIL_LANES]].flatten(0, 1)
+
+
+def _scores(by_head: torch.Tensor, keys: torch.Tensor, block: Block) -> torch.Tensor:
+    """Scores of all lanes [H, live, lanes], tails row by row, windows in products of one shape."""
+    heads, live, dim = len(by_head), len(block.columns), by_head.shape[2]
+    each = _each(by_head[:, :live].reshape(-1, 1, dim), _of_tails(keys, block).transpose(1, 2))
+    windows = keys[:, TAIL_WINDOW:].transpose(1, 2).split(SHARED_WINDOW, -1)
+    shared = [torch.bmm(by_head, window)[:, :live] for window in windows if window.shape[2]]
+    return torch.cat([each.view(heads, live, TAIL_LANES), *shared], -1)
+
+
+def _tail_sums(weights: torch.Tensor, values: torch.Tensor, block: Block) -> torch.Tensor:
+    """Weighted sums over tails, row by row: [H, live, D]."""
+    heads, live, lanes = weights.shape
+    return _each(weights.reshape(-1, 1, lanes), _of_tails(values, block)).view(heads, live, -1)
 
 
 def _each(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
@@ -87,37 +93,41 @@ def _each(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     return torch.bmm(rows.expand(2, -1, -1), matrices.expand(2, -1, -1))[:1]
 
 
-def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """``x`` [..., N, C] with zeros below, [..., rows, C]."""
-    return x if x.shape[-2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[-2]))
-
-
-def _agreeing(q: torch.Tensor) -> tuple[int, bool]:
-    """``agreeing`` of queries [N, H, D] where they run; on a GPU nobody finds out."""
-    return (ROW_BLOCK, False) if one_shape(q.device) else agreeing(*q.shape[1:], torch.get_num_threads())
-
-
 @functools.cache
 def agreeing(heads: int, dim: int, num_threads: int) -> tuple[int, bool]:
-    """What leaves the bits of attention's products alone: any multiple of how many rows up to ROW_BLOCK; and whether
-    the score of a key does not depend on its column."""
+    """How many rows, and multiples of which up to ROW_BLOCK, give the bits that ROW_BLOCK of them give; and whether
+    columns may be shared as the module says. Both are found out by trying, on random numbers."""
     generator = torch.Generator().manual_seed(0)
-    queries, keys = (torch.randn(heads, n, dim, generator=generator) for n in (ROW_BLOCK, SHARED_WINDOW))
-    weights = torch.rand(heads, ROW_BLOCK, SHARED_WINDOW, generator=generator)
-    few = keys[:, :TAIL_WINDOW]
+    most = TAIL_WINDOW + 3 * SHARED_WINDOW
+    queries = torch.randn(ROW_BLOCK, 3, heads, dim, generator=generator)[:, 0].transpose(0, 1)  # strides as in a pass
+    keys = torch.randn(heads, most, dim, generator=generator)
+    weights = torch.rand(heads, ROW_BLOCK, most, generator=generator)
+    parts = [slice(TAIL_WINDOW), slice(TAIL_WINDOW, TAIL_WINDOW + SHARED_WINDOW), slice(most)]
 
     def products(rows: int) -> torch.Tensor:
-        several = [torch.bmm(queries[:, :rows], some.transpose(1, 2)) for some in (keys, few)]
-        return torch.cat([*several, torch.bmm(weights[:, :rows], keys)], -1).transpose(0, 1)
+        scores = [torch.bmm(queries[:, :rows], keys[:, part].transpose(1, 2)) for part in parts]
+        sums = torch.bmm(weights[:, :rows, parts[0]], keys[:, parts[0]])
+        sums.baddbmm_(weights[:, :rows, parts[1]], keys[:, parts[1]])
+        return torch.cat([*scores, sums], -1).transpose(0, 1)
 
     multiple = agreeing_multiple(products)
-    orders = [torch.randperm(TAIL_WINDOW, generator=generator) for _ in range(4)]
-    columns_agree = all(
-        torch.equal(
-            torch.bmm(queries[:, :rows], few[:, order].transpose(1, 2)),
-            torch.bmm(queries[:, :rows], few.transpose(1, 2))[..., order],
-        )
-        for rows in range(multiple, ROW_BLOCK + 1, multiple)
-        for order in orders
-    )
-    return multiple, columns_agree
+    whole, order = torch.bmm(queries, keys.transpose(1, 2)), torch.randperm(most, generator=generator)
+
+    def sums_at(columns: torch.Tensor, rows: int, count: int) -> torch.Tensor:
+        """The same values, under the same weights, in ``columns``; weights of zero and other values around them."""
+        values, spread = keys[:, -count:].clone(), weights.new_zeros(heads, rows, count)
+        values[:, columns] = keys[:, :TAIL_LANES]
+        spread[..., columns] = weights[:, :rows, :TAIL_LANES]
+        return torch.bmm(spread[..., :TAIL_WINDOW], values[:, :TAIL_WINDOW])
+
+    wanted = sums_at(torch.arange(TAIL_LANES), ROW_BLOCK, most)
+    for rows in range(multiple, ROW_BLOCK + 1, multiple):
+        for count in range(TAIL_WINDOW, most + 1, SHARED_WINDOW):
+            some = order[:count]
+            scores = torch.bmm(queries[:, :rows], keys[:, some].transpose(1, 2))
+            columns = torch.randperm(TAIL_WINDOW, generator=generator)[:TAIL_LANES].sort().values
+            if not torch.equal(scores, whole[:, :rows, some]):
+                return multiple, False
+            if not torch.equal(sums_at(columns, rows, count), wanted[:, :rows]):
+                return multiple, False
+    return multiple, True

@@ -34,25 +34,22 @@ def pad_rows(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Block:
-    """What up to ROW_BLOCK rows read: each row's own tail, then W windows of SHARED_WINDOW consecutive positions."""
+    """What a few rows read. Their keys stand in C columns: first what their tails hold, each slot once, in the order of
+    positions; then, from TAIL_WINDOW on, W windows of SHARED_WINDOW consecutive positions. A row's lanes are those of
+    its own tail, then those of the windows."""
 
-    rows: slice  # ROW_BLOCK of them, though a pass may end before
-    tail_slots: torch.Tensor  # int64 [N, TAIL_LANES], on a GPU [ROW_BLOCK, TAIL_LANES]
-    common_slots: torch.Tensor  # int64 [T, TAIL_WINDOW], each slot of all tails once
-    tail_columns: torch.Tensor  # int64 [N, TAIL_LANES], where each slot of a tail stands in them
-    window_slots: torch.Tensor  # int64 [W, SHARED_WINDOW], in position order
-    bias: torch.Tensor  # float32 [ROW_BLOCK, TAIL_LANES + W * SHARED_WINDOW], 0 or, for a dead lane, -inf
-    _by_heads: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    rows: slice  # ROW_BLOCK of them at most
+    slots: torch.Tensor  # int64 [C], of the columns
+    columns: torch.Tensor  # int64 [N, TAIL_LANES + W * SHARED_WINDOW], where each lane stands; on a GPU ROW_BLOCK rows
+    bias: torch.Tensor  # float32 [N, TAIL_LANES + W * SHARED_WINDOW], 0 or, for a dead lane, -inf
+    _by_heads: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def head_rows(self, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The rows of tails, of what they have in common, and of windows in a cache seen as [slots * H, D]: int64
-        [H * N * TAIL_LANES], [T * H * TAIL_WINDOW], [W * H * SHARED_WINDOW]. The same for every layer, so worked out
+    def head_rows(self, heads: int) -> torch.Tensor:
+        """The columns' rows in a cache seen as [slots * H, D]: int64 [H * C]. The same for every layer, so worked out
         once."""
         if heads not in self._by_heads:
-            head = torch.arange(heads, device=self.bias.device)[:, None]
-            tails = self.tail_slots.view(1, 1, -1)
-            several = (tails, self.common_slots[:, None], self.window_slots[:, None])
-            self._by_heads[heads] = tuple((slots * heads + head).flatten() for slots in several)
+            head = torch.arange(heads, device=self.slots.device)[:, None]
+            self._by_heads[heads] = (self.slots * heads + head).flatten()
         return self._by_heads[heads]
 
 
@@ -83,15 +80,26 @@ def route(
     arguments = (page_table, committed, sequences, positions, paths, node_slots, slot_mapping)
     page_table, committed, sequences, positions, paths, node_slots, slot_mapping = map(_on_host, arguments)
     tails = _path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots)
-    ends, blocks = shared_end(positions), []
-    for start in range(0, len(positions), ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
+    ends, blocks, start = shared_end(positions), [], 0
+    while start < len(positions):
+        count, tail_slots, columns = _fitting(tails[start : start + ROW_BLOCK], ends[start : start + ROW_BLOCK])
+        rows = slice(start, start + count)
         slots, alive = _windows(page_table, page_size, sequences[rows], ends[rows])
-        tail, bias = tails[rows], _bias(tails[rows] >= page_size, alive)
-        if one_shape(device):
-            tail = np.concatenate([tail, np.full((ROW_BLOCK - len(tail), TAIL_LANES), NULL_PAGE)])
-        indices = [put(part, np.int64) for part in (tail, *_once(tail), slots)]
-        blocks.append(Block(rows, *indices, put(bias, np.float32)))
+        alive = np.concatenate([tails[rows] >= page_size, alive], 1)
+        shared = np.broadcast_to(np.arange(TAIL_WINDOW, TAIL_WINDOW + len(slots)), (count, len(slots)))
+        columns = np.concatenate([columns, shared], 1)
+        if one_shape(device):  # rows of padding are all alive, so that none is NaN
+            missing = [(0, ROW_BLOCK - count), (0, 0)]
+            columns, alive = np.pad(columns, missing), np.pad(alive, missing, constant_values=True)
+        bias = np.where(alive, np.float32(0), np.float32(-np.inf))
+        start += count
+        if start == len(positions):
+            rows = slice(rows.start, None)  # what a pass is padded with
+        blocks.append(
+            Block(
+                rows, put(np.concatenate([tail_slots, slots]), np.int64), put(columns, np.int64), put(bias, np.float32)
+            )
+        )
     write_rows = np.flatnonzero(slot_mapping >= 0)
     every = None if len(write_rows) == len(slot_mapping) else put(write_rows, np.int64)
     return Route(every, put(slot_mapping[write_rows], np.int64), blocks)
@@ -120,7 +128,7 @@ def _path_slots(page_table, page_size, committed, sequences, positions, paths, n
 
 
 def _windows(page_table, page_size, sequences, ends) -> tuple[np.ndarray, np.ndarray]:
-    """Slots [W, SHARED_WINDOW] of the windows that a block's rows share, and which lanes are alive for each row:
+    """Slots [W * SHARED_WINDOW] of the windows that a block's rows share, and which lanes are alive for each row:
     [N, W * SHARED_WINDOW]. Lanes dead for all rows read the null page."""
     slots, alive = [], []
     for sequence in range(len(page_table)):
@@ -131,26 +139,26 @@ def _windows(page_table, page_size, sequences, ends) -> tuple[np.ndarray, np.nda
         found = page_table[sequence, pages] * page_size + lanes % page_size
         slots.append(np.where(lanes < end, found, NULL_PAGE))
         alive.append(lanes < mine[:, None])
-    return np.concatenate(slots).reshape(-1, SHARED_WINDOW), np.concatenate(alive, 1)
+    return np.concatenate(slots), np.concatenate(alive, 1)
 
 
-def _once(tails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Windows [T, TAIL_WINDOW] that hold every slot of ``tails`` [N, TAIL_LANES] once, and where each stands."""
-    column = np.zeros(tails.max() + 1, dtype=np.int64)
-    column[tails] = 1
-    slots = np.flatnonzero(column)
-    column[slots] = np.arange(len(slots))
-    windows = np.full((-(-len(slots) // TAIL_WINDOW), TAIL_WINDOW), NULL_PAGE)
-    windows.reshape(-1)[: len(slots)] = slots
-    return windows, column[tails]
+def _fitting(tails: np.ndarray, ends: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many of the first rows have tails [N, TAIL_LANES] that hold fewer than TAIL_WINDOW slots together; these in
+    the order of positions, then the null page: [TAIL_WINDOW]; and where each lane's stands: [rows, TAIL_LANES].
 
-
-def _bias(*alive: np.ndarray) -> np.ndarray:
-    """0 for a lane that is alive, -inf for a dead one; rows of padding are all alive, so that none is NaN."""
-    lanes = np.concatenate(alive, 1)
-    bias = np.zeros((ROW_BLOCK, lanes.shape[1]), dtype=np.float32)
-    bias[: len(lanes)][~lanes] = -np.inf
-    return bias
+    Row i's first lane is position ``ends[i]``. A single row always fits.
+    """
+    place = np.full(tails.max() + 1, -1)
+    place[tails] = ends[:, None] + np.arange(TAIL_LANES)
+    place[NULL_PAGE] = -1
+    held = np.flatnonzero(place >= 0)
+    if len(held) >= TAIL_WINDOW:
+        half = -(-len(tails) // 2)
+        return _fitting(tails[:half], ends[:half])
+    slots = np.full(TAIL_WINDOW, NULL_PAGE)
+    slots[: len(held)] = held[np.argsort(place[held], kind="stable")]
+    place[slots] = np.arange(TAIL_WINDOW)
+    return len(tails), slots, place[tails]
 
 
 def one_shape(device: torch.device) -> bool:
