@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     planning.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: three prompts of Python code")
     planning.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON for --plan of other commands")
     planning.add_argument("--turns", type=int, default=3, help="that each comparison of two shapes takes (default: 3)")
-    planning.add_argument("--minutes", type=float, default=3.0, help="at most, for the search (default: 3)")
+    planning.add_argument(
+        "--minutes", type=float, default=3.0, help="for the search, which ends what it has begun (default: 3)"
+    )
     planning.set_defaults(run=run_plan)
 
     for command in (generate, comparison, planning):
@@ -147,6 +149,8 @@ def run_plan(flags: argparse.Namespace) -> None:
     for name, least in (("turns", 1), ("max_new_tokens", 1), ("minutes", 0)):
         if getattr(flags, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(flags, name)}")
+    if not flags.out.parent.is_dir():
+        raise ValueError(f"--out: no folder {flags.out.parent}")
     decoder = load_decoder(flags)
     ids = [decoder.encode(prompt) for prompt in flags.prompts or DEMO_PROMPTS]
     sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}

@@ -176,6 +176,8 @@ def blend(ids: np.ndarray, own: np.ndarray, own_share: float) -> np.ndarray:
 def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2LMHeadModel | None) -> None:
     if flags.width < 64 or flags.width % 64:
         raise ValueError(f"width must be a multiple of 64, the size of a head, got {flags.width}")
+    if not flags.steps and flags.minutes <= 0:
+        raise ValueError(f"minutes must be above 0, or steps given, got {flags.minutes}")
     names = [field.name for field in fields(training.TrainingConfig) if hasattr(flags, field.name)]
     if teacher is not None and not 0 < flags.own_share < 1:
         raise ValueError(f"own-share must be above 0 and below 1, got {flags.own_share}")

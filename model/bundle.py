@@ -1,11 +1,14 @@
 """Pack trained stages as the trio that comes with the package: bfloat16 weights in shards of at most 15 MB, cards.
 
 python -m model.bundle --oracle DIR --draft DIR --draft2 DIR [--out model/bundled]
+
+What lies in --out is replaced once all three are packed.
 """
 
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,7 +20,6 @@ PROMPTS = ("def read_lines(path):\n", "class Stack:\n", 'def mean(values):\n    
 
 def pack(source: Path, target: Path) -> int:
     """Write ``source``'s model, tokenizer and model card to ``target`` in bfloat16; returns the bytes written."""
-    shutil.rmtree(target, ignore_errors=True)
     model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(target, max_shard_size="15MB")
     for name in COPIED:
@@ -74,16 +76,24 @@ def card(name: str, training: dict, texts: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("oracle", "draft", "draft2"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "bundled")
-    flags = parser.parse_args()
-    sizes = {name: pack(getattr(flags, name), flags.out / name) for name in ("oracle", "draft")}
-    shutil.rmtree(flags.out / "draft2", ignore_errors=True)
-    shutil.copytree(flags.draft2, flags.out / "draft2", copy_function=shutil.copyfile)
-    sizes["draft2"] = sum(file.stat().st_size for file in (flags.out / "draft2").iterdir())
+    flags = parser.parse_args(arguments)
+    for name, file in (("oracle", "training.json"), ("draft", "training.json"), ("draft2", "table.json")):
+        if not (getattr(flags, name) / file).is_file():
+            parser.error(f"--{name}: no {file} in {getattr(flags, name)}")
+    flags.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=flags.out.parent) as folder:
+        packed = Path(folder)
+        sizes = {name: pack(getattr(flags, name), packed / name) for name in ("oracle", "draft")}
+        shutil.copytree(flags.draft2, packed / "draft2", copy_function=shutil.copyfile)
+        sizes["draft2"] = sum(file.stat().st_size for file in (packed / "draft2").iterdir())
+        for name in sizes:
+            shutil.rmtree(flags.out / name, ignore_errors=True)
+            (packed / name).replace(flags.out / name)
     print(json.dumps(sizes))
 
 

@@ -97,7 +97,7 @@ def markdown(rows: list[dict], about: dict, conditions: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--prompts", type=prompts.folder_with(prompts.MBPP), required=True)
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)

@@ -116,7 +116,9 @@ def main() -> None:
     parser.add_argument("--oracle", default="bundled")
     parser.add_argument("--draft", action="append", help="may be repeated; default: the bundled one")
     parser.add_argument("--draft2", action="append", help="may be repeated; default: the bundled one")
-    parser.add_argument("--prompts", type=Path, help="folder with mbpp/mbpp.jsonl; default: three prompts")
+    parser.add_argument(
+        "--prompts", type=prompts.folder_with(prompts.MBPP), help="folder with mbpp/mbpp.jsonl; default: three prompts"
+    )
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, help="folder for agreement.json and agreement.md")

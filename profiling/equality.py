@@ -130,7 +130,7 @@ def run_bundled(prompts_by_index: dict[int, list[int]], num_tokens: int, threads
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--prompts", type=prompts.folder_with(prompts.HUMANEVAL), required=True)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--limit", type=int, help="only the first N prompts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the prompts")

@@ -222,7 +222,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--method", nargs="+", choices=METHODS, help="default: all that the stages allow")
     flags.add_argument("--peers", nargs="*", choices=peers.NAMES, help="run these, too; without a name the usual ones")
     source = flags.add_mutually_exclusive_group()
-    source.add_argument("--prompts", type=Path, help="folder with humaneval/HumanEval.jsonl.gz; default: the demo's")
+    source.add_argument(
+        "--prompts",
+        type=prompts.folder_with(prompts.HUMANEVAL),
+        help="folder with humaneval/HumanEval.jsonl.gz; default: the demo's",
+    )
     source.add_argument("--random", action="store_true", help="random token ids, as vLLM does")
     flags.add_argument("--do-sample", action="store_true", help="draw tokens; greedy without it")
     flags.add_argument("--top-k", type=int, help="default: 50")

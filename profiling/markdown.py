@@ -24,6 +24,8 @@ def _heading(about: dict[str, Any]) -> str:
         f"{about['device']}, {about.get('dtype')}, text of {about.get('text_length')} tokens, torch {about['torch']}, "
         f"Triton {about['triton']}, commit {about['commit']}, {about['date']}; `{about['command']}`"
     )
+    if about["rehearsal"]:
+        return f"{title}\n\n{conditions}."
     return (
         f"{title}\n\n{conditions}.\nMedians (quantiles 0.2 - 0.8) of launches in a CUDA graph, the gap to the next one "
         "included, inputs not in the L2 cache where not marked *; GB/s and percent of the copy rate by the least bytes "

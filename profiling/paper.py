@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from profiling import machine
+from profiling import machine, prompts
 from profiling.demo import SETTINGS
 from profiling.paper_output import write
 from profiling.paper_runs import FIXED, STOP_STRINGS, STOPPED, Method, OwnGap, TokensDiffer, run_case
@@ -93,7 +93,11 @@ def main() -> int:
     for name in ("device", "dtype", "backend"):
         parser.add_argument(f"--{name}", default="auto")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompts", type=Path, help="folder with humaneval/HumanEval.jsonl.gz; default: our own set")
+    source.add_argument(
+        "--prompts",
+        type=prompts.folder_with(prompts.HUMANEVAL),
+        help="folder with humaneval/HumanEval.jsonl.gz; default: our own set",
+    )
     source.add_argument("--hub", action="store_true", help="HumanEval from the hub")
     parser.add_argument("--limit", type=int, help="only the first prompts")
     parser.add_argument("--tokens", type=int, default=Config.tokens, help="new tokens of a generation, at most")

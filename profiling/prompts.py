@@ -1,7 +1,9 @@
 """Prompt sets: HumanEval and MBPP from a folder or the hub, as they are published, and a small set of our own."""
 
+import argparse
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 # Beginnings of the kind that HumanEval has, written for this project: no network, no data set.
@@ -28,12 +30,24 @@ OWN = (
     "def longest_common_prefix(words):\n    if not words:\n        return ''\n    prefix = words[0]\n"
     "    for word in words[1:]:\n",
 )
+HUMANEVAL, MBPP = "humaneval/HumanEval.jsonl.gz", "mbpp/mbpp.jsonl"
 HUB = ("openai/openai_humaneval", "openai_humaneval/test-00000-of-00001.parquet")
 
 
+def folder_with(name: str) -> Callable[[str], Path]:
+    """The type of a command's flag: a folder that holds ``name``."""
+
+    def folder(text: str) -> Path:
+        if not (Path(text) / name).is_file():
+            raise argparse.ArgumentTypeError(f"no {name} in {text}")
+        return Path(text)
+
+    return folder
+
+
 def humaneval(folder: Path) -> list[str]:
-    """The 164 prompts of ``humaneval/HumanEval.jsonl.gz`` below ``folder``."""
-    with gzip.open(folder / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
+    """The 164 prompts of HUMANEVAL below ``folder``."""
+    with gzip.open(folder / HUMANEVAL, "rt", encoding="utf-8") as file:
         return [json.loads(line)["prompt"] for line in file]
 
 
@@ -55,8 +69,8 @@ def humaneval_from_hub() -> list[str]:
 
 
 def mbpp(folder: Path, count: int) -> list[str]:
-    """``count`` evenly spaced problems of ``mbpp/mbpp.jsonl``: the task as a docstring and a third of the solution."""
-    with open(folder / "mbpp" / "mbpp.jsonl", encoding="utf-8") as file:
+    """``count`` evenly spaced problems of MBPP below ``folder``: the task as a docstring, a third of the solution."""
+    with open(folder / MBPP, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     chosen = rows[:: max(1, len(rows) // count)][:count]
     return [

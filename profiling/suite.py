@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from profiling import machine
+from profiling import machine, prompts
 from profiling.rows import about, write_whole
 from profiling.suite_report import write_report
 from profiling.suite_steps import ROOT, Step, plan
@@ -184,7 +184,12 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these although they have finished")
     flags.add_argument("--tune", action="store_true", help="also tune tiles")
     flags.add_argument("--paper-prompts", type=int, default=16, metavar="N", help="of profiling.paper")
-    flags.add_argument("--prompts", type=Path, metavar="DIR", help="folder with humaneval/HumanEval.jsonl.gz")
+    flags.add_argument(
+        "--prompts",
+        type=prompts.folder_with(prompts.HUMANEVAL),
+        metavar="DIR",
+        help="folder with humaneval/HumanEval.jsonl.gz",
+    )
     flags.add_argument("--commit", help="what to record where the tree has no .git")
     models = flags.add_argument_group("models: given ...")
     models.add_argument("--oracle", help="hub id or directory; without it a chain is trained")

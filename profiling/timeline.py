@@ -194,7 +194,11 @@ def under_ranges(decoder: StagedDecoder, prompt_ids: list[list[int]], num_tokens
 
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--prompts", type=Path, help="folder with humaneval/HumanEval.jsonl.gz; default: three prompts")
+    flags.add_argument(
+        "--prompts",
+        type=prompts.folder_with(prompts.HUMANEVAL),
+        help="folder with humaneval/HumanEval.jsonl.gz; default: three prompts",
+    )
     flags.add_argument("--count", type=int, default=8, help="prompts; on a GPU the first one is traced")
     flags.add_argument("--tokens", type=int, default=64)
     flags.add_argument("--iterations", type=int, default=8, help="in the trace of a CPU")

@@ -198,7 +198,7 @@ def test_a_sampled_run_with_a_peer_that_is_not_installed(stages, tmp_path, monke
         (["--random", "--method", "staged"], "method 'staged' needs draft2"),
         (["--input-len", "5"], "without a tokenizer"),
         (["--random", "--num-iters", "0"], "num-iters must be at least 1"),
-        (["--prompts", "nowhere"], "No such file or directory: 'nowhere/humaneval"),
+        (["--prompts", "nowhere"], "no humaneval/HumanEval.jsonl.gz in nowhere"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(stages, flags, message, capsys):

@@ -149,3 +149,6 @@ def test_the_command_writes_a_plan_that_other_commands_take(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", *few, "--out", str(path), "--turns", "0"])
     assert "--turns must be at least 1, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # before the search, not after it
+        cli.main(["plan", *few, "--out", str(tmp_path / "missing" / "plan.json")])
+    assert f"--out: no folder {tmp_path / 'missing'}" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from decoding import cli
-from profiling import latency, suite, timeline
+from profiling import latency, prompts, suite, timeline
 from profiling.suite import Suite, run_all, run_process
 from profiling.suite_report import fitting_files, outcomes, summary, write_report
 from profiling.suite_steps import Step, plan
@@ -194,6 +194,10 @@ def test_the_plan_with_models_uses_them(tmp_path):
 )
 def test_the_commands_understand_their_flags(tmp_path, given):
     """Whatever was given, each command whose parser can be had accepts what the plan says to it."""
+    if "--prompts" in given:
+        (tmp_path / "humaneval").mkdir()
+        (tmp_path / prompts.HUMANEVAL).touch()
+        given = [str(tmp_path) if flag == "/p" else flag for flag in given]
     parsers = {"decoding": cli.parser(), "profiling.latency": latency.parser(), "profiling.timeline": timeline.parser()}
     met = set()
     for step in plan(flags(tmp_path, *given)):
