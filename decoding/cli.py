@@ -112,7 +112,7 @@ def _refuse_unused(flags: argparse.Namespace) -> None:
     given = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
     unused = [f"--{name.replace('_', '-')}" for name, default in given.items() if getattr(flags, name) != default]
     if unused and not flags.do_sample:
-        raise ValueError(f"{', '.join(unused)} need --do-sample: without it decoding is greedy")
+        raise ValueError(f"{', '.join(unused)}: only with --do-sample, without it decoding is greedy")
 
 
 def run_generate(flags: argparse.Namespace) -> None:

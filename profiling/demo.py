@@ -21,6 +21,7 @@ from decoding.compare import DEMO_PROMPTS, HFGenerate, compare
 from decoding.decoder import BUNDLED
 from decoding.display import coloured, legend, stage_styles
 from profiling import machine
+from profiling.acceptance import repeated_share
 
 SETTINGS = {"greedy": {}, "top-k 50, T = 1": {"do_sample": True, "top_k": 50, "temperature": 1.0}}
 
@@ -76,15 +77,21 @@ def main() -> None:
     for setting, sampling in SETTINGS.items():
         tables[setting], outputs[setting] = median_rows(decoder, hf, flags.tokens, sampling, flags.repeats)
     about = machine.describe()
+    repeated = {
+        setting: statistics.mean(repeated_share(out.new_token_ids) for out in outs) for setting, outs in outputs.items()
+    }
     conditions = (
         f"{len(DEMO_PROMPTS)} prompts x {flags.tokens} tokens, batch 1, {decoder.runtime}; {about['device']}, "
-        f"torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`"
+        f"torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`. 8-grams that repeat: "
+        + ", ".join(f"{setting} {part:.0%}" for setting, part in repeated.items())
     )
     styles = stage_styles([stage.name for stage in decoder.lower])
     out = outputs["greedy"][0]
     shown = coloured(decoder.tokenizer, DEMO_PROMPTS[0], out.new_token_ids, out.token_stages, styles)
     flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "demo.json").write_text(json.dumps({"about": about, "tables": tables}, indent=1) + "\n")
+    (flags.out / "demo.json").write_text(
+        json.dumps({"about": about, "repeated_8_grams": repeated, "tables": tables}, indent=1) + "\n"
+    )
     (flags.out / "demo.md").write_text(markdown(tables, conditions))
     (flags.out / "demo.svg").write_text(picture(shown, legend(styles)))
     print(markdown(tables, conditions))
