@@ -82,8 +82,8 @@ def main() -> None:
     }
     conditions = (
         f"{len(DEMO_PROMPTS)} prompts x {flags.tokens} tokens, batch 1, {decoder.runtime}; {about['device']}, "
-        f"torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`. 8-grams that repeat: "
-        + ", ".join(f"{setting} {part:.0%}" for setting, part in repeated.items())
+        f"torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`. "
+        "8-grams that repeat: " + ", ".join(f"{setting} {part:.0%}" for setting, part in repeated.items())
     )
     styles = stage_styles([stage.name for stage in decoder.lower])
     out = outputs["greedy"][0]
