@@ -1,6 +1,7 @@
 """Every operation of a GPT-2 pass, checked, then timed beside what torch offers; then whole passes in one CUDA graph.
 
     python -m profiling.kernels [--shapes gpt2 gpt2-large ...] [--dtype bfloat16] [--rows 1 16 64 128] [--out DIR]
+    python -m profiling.kernels --operations tree_attention --shapes gpt2-large --rows 1 64    # what is worked on
     python -m profiling.kernels --rehearse --out DIR     # the whole flow on a CPU with the torch twins, at a toy size
     TRITON_INTERPRET=1 python -m profiling.kernels       # without a GPU: the checks alone, in Triton's interpreter
 
@@ -54,6 +55,10 @@ class Setting(NamedTuple):
     samples: int
     deadline: float  # of time.monotonic
     rows: Rows
+    chosen: tuple[str, ...] = ()  # operations; () = all of them, and passes
+
+    def takes(self, operation: str) -> bool:
+        return not self.chosen or operation in self.chosen
 
 
 def guarded(setting: Setting, step: Callable[..., None], described: dict[str, Any], *args: Any) -> None:
@@ -131,6 +136,8 @@ def check_shape(setting: Setting, described: dict[str, Any], shape: Shape, num_r
             right.add(described["operation"])
 
     for name, call in calls.items():
+        if not setting.takes(name):
+            continue
         guarded(setting, step, {**described, "operation": name}, call)
 
 
@@ -142,6 +149,8 @@ def time_shape(setting: Setting, described: dict[str, Any], shape: Shape, num_ro
     for _ in range(1, _affordable(setting.device, min(streaming))):
         made.append(make_calls(shape, num_rows, setting.dtype, setting.device, setting.text_length))
     for name, operation in operations.items():
+        if not setting.takes(name):
+            continue
         described = {**described, "operation": name}
         calls = [calls[name] for _, calls in made[: copies_for(operation.bytes, setting.device)]]
         if name not in right:
@@ -252,7 +261,7 @@ def time_flex(setting: Setting, described: dict[str, Any], shape: Shape, num_row
 
 def benchmark(setting: Setting, shapes: list[Shape], all_rows: list[int], flex: bool, jobs: int) -> None:
     """Everything, most wanted first; the artefacts are written at the end and after each shape."""
-    if jobs > 1:
+    if jobs > 1 and not setting.chosen:
         described = {"kind": "binaries", "shape": "", "operation": "all", "rows": 0}
         guarded(setting, precompile, described, shapes, jobs)
     ceiling = {"kind": "ceilings", "shape": "", "operation": "", "rows": 0}
@@ -267,9 +276,10 @@ def benchmark(setting: Setting, shapes: list[Shape], all_rows: list[int], flex: 
             described = {"kind": "operation", "shape": shape.name, "operation": "all", "rows": num_rows}
             guarded(setting, time_shape, described, shape, num_rows, right)
         described = {"kind": "pass", "shape": shape.name, "operation": "pass", "rows": max(all_rows)}
-        guarded(setting, time_passes, {**described, "implementation": OURS}, shape, all_rows)
+        if not setting.chosen:
+            guarded(setting, time_passes, {**described, "implementation": OURS}, shape, all_rows)
         write_artefacts(setting.rows)
-    for num_rows in all_rows if flex else []:
+    for num_rows in all_rows if flex and setting.takes("tree_attention") else []:
         described = {"kind": "operation", "shape": shapes[0].name, "operation": "tree_attention", "rows": num_rows}
         guarded(setting, time_flex, {**described, "implementation": "FlexAttention"}, shapes[0], num_rows)
     guarded(setting, measure_ceilings, {**ceiling, "implementation": "after"})
@@ -296,6 +306,10 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", choices=names, default=["gpt2-large", "gpt2", "gpt2-medium", "gpt2-xl"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 128])
+    known = list(make_calls(TINY, 1, torch.float32, torch.device("cpu"), 9)[0])
+    parser.add_argument(
+        "--operations", nargs="+", choices=known, default=(), help="these alone; default: all, and passes"
+    )
     parser.add_argument("--text-length", type=int, default=512, help="committed tokens before the tree")
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--budget-seconds", type=float, default=480)
@@ -304,7 +318,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU with the torch twins")
     parser.add_argument("--out", type=Path, default=Path("profiling/results"))
     flags = parser.parse_args()
-    gpu_here, dtype = torch.cuda.is_available(), getattr(torch, flags.dtype)
+    gpu_here, dtype, chosen = torch.cuda.is_available(), getattr(torch, flags.dtype), tuple(flags.operations)
     deadline = time.monotonic() + flags.budget_seconds
     if flags.rehearse:
         if flags.out == parser.get_default("out"):
@@ -320,12 +334,12 @@ def main() -> int:
     keyed = about(device, flags.rehearse)
     if not gpu_here and not flags.rehearse:
         dtype = torch.float16 if dtype == torch.bfloat16 else dtype  # the interpreter's bfloat16 is not to be trusted
-        setting = Setting(device, dtype, ops, 100, 1, deadline, Rows(None, "", keyed))
+        setting = Setting(device, dtype, ops, 100, 1, deadline, Rows(None, "", keyed), chosen)
         right: set[str] = set()
         check_shape(setting, {"kind": "check", "shape": TINY.name}, TINY, 20, right)
         return 0 if len(right) == len(setting.rows.rows) else 1
     rows = Rows(flags.out, "kernels", {**keyed, "dtype": flags.dtype, "text_length": flags.text_length})
-    setting = Setting(device, dtype, ops, flags.text_length, flags.samples, deadline, rows)
+    setting = Setting(device, dtype, ops, flags.text_length, flags.samples, deadline, rows, chosen)
     with torch.no_grad():
         benchmark(setting, shapes, sorted(flags.rows), not flags.no_flex, 1 if flags.rehearse else flags.jobs)
     failures = count_failures(rows.rows)

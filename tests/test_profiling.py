@@ -257,6 +257,16 @@ def test_a_whole_run_on_the_cpu(tmp_path):
     assert not any("failure" in row for row in run_of["rows"])
 
 
+def test_one_operation_alone(tmp_path):
+    """What a changed kernel is measured with: no other operation, and no pass."""
+    few = ("--operations", "tree_attention", "--rows", "5", "--no-flex", "--out", str(tmp_path))
+    done = profiling("profiling.kernels", "--rehearse", "--dtype", "float32", *few)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert {row["operation"] for row in rows if row["kind"] != "ceilings"} == {"tree_attention"}
+    assert [row["implementation"] for row in rows if row["kind"] == "operation"] == ["ours", "SDPA"]
+
+
 def test_tuning_on_the_cpu(tmp_path):
     done = profiling("profiling.tune", "--rehearse", "--weights", "attn_proj", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
