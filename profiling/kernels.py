@@ -136,9 +136,8 @@ def check_shape(setting: Setting, described: dict[str, Any], shape: Shape, num_r
             right.add(described["operation"])
 
     for name, call in calls.items():
-        if not setting.takes(name):
-            continue
-        guarded(setting, step, {**described, "operation": name}, call)
+        if setting.takes(name):
+            guarded(setting, step, {**described, "operation": name}, call)
 
 
 def time_shape(setting: Setting, described: dict[str, Any], shape: Shape, num_rows: int, right: set[str]) -> None:
