@@ -19,6 +19,8 @@ from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW
 from kernels.reference.linear import agreeing_multiple
 from kernels.reference.route import Block, Route, one_shape
 
+MOST_COLUMNS = TAIL_WINDOW + 8 * SHARED_WINDOW  # of a product, as many as are tried: GPT-2's context
+
 
 def tree_attention(
     q: torch.Tensor,  # [N, H, D]
@@ -29,7 +31,9 @@ def tree_attention(
 ) -> torch.Tensor:
     """Each row attends to its own path: softmax(scale q k) v -> [N, H * D], sums in float32. Padding rows give 0."""
     parts = [_attention_block(q[block.rows].float(), k_cache, v_cache, block, scale) for block in route.blocks]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(q.dtype)
+    mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
+    missing = len(q) - len(mixed)  # padding beyond a last block that is full
+    return (F.pad(mixed, (0, 0, 0, missing)) if missing else mixed).to(q.dtype)
 
 
 def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.Tensor:
@@ -40,7 +44,9 @@ def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.T
     rows = block.head_rows(heads)
     keys, values = (_gather(cache, rows).view(heads, -1, dim) for cache in (k_cache, v_cache))  # [H, C, D]
     if agree:
-        scores = torch.bmm(by_head, keys.transpose(1, 2)).gather(2, block.columns.expand(heads, -1, -1))
+        products = [torch.bmm(by_head, some.transpose(1, 2)) for some in keys.split(MOST_COLUMNS, 1)]
+        scores = products[0] if len(products) == 1 else torch.cat(products, -1)
+        scores = scores.gather(2, block.columns.expand(heads, -1, -1))
     else:
         scores = _scores(by_head, keys, block)
     weights = torch.softmax(torch.add(block.bias, scores, alpha=scale), -1)  # [H, live, lanes]
@@ -98,7 +104,7 @@ def agreeing(heads: int, dim: int, num_threads: int) -> tuple[int, bool]:
     """How many rows, and multiples of which up to ROW_BLOCK, give the bits that ROW_BLOCK of them give; and whether
     columns may be shared as the module says. Both are found out by trying, on random numbers."""
     generator = torch.Generator().manual_seed(0)
-    most = TAIL_WINDOW + 3 * SHARED_WINDOW
+    most = MOST_COLUMNS
     queries = torch.randn(ROW_BLOCK, 3, heads, dim, generator=generator)[:, 0].transpose(0, 1)  # strides as in a pass
     keys = torch.randn(heads, most, dim, generator=generator)
     weights = torch.rand(heads, ROW_BLOCK, most, generator=generator)
@@ -122,7 +128,7 @@ def agreeing(heads: int, dim: int, num_threads: int) -> tuple[int, bool]:
 
     wanted = sums_at(torch.arange(TAIL_LANES), ROW_BLOCK, most)
     for rows in range(multiple, ROW_BLOCK + 1, multiple):
-        for count in range(TAIL_WINDOW, most + 1, SHARED_WINDOW):
+        for count in range(TAIL_WINDOW, most + 1, TAIL_WINDOW):
             some = order[:count]
             scores = torch.bmm(queries[:, :rows], keys[:, some].transpose(1, 2))
             columns = torch.randperm(TAIL_WINDOW, generator=generator)[:TAIL_LANES].sort().values

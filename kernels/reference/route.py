@@ -94,7 +94,7 @@ def route(
         bias = np.where(alive, np.float32(0), np.float32(-np.inf))
         start += count
         if start == len(positions):
-            rows = slice(rows.start, None)  # what a pass is padded with
+            rows = slice(rows.start, rows.start + ROW_BLOCK)  # with what the pass is padded with
         blocks.append(
             Block(
                 rows, put(np.concatenate([tail_slots, slots]), np.int64), put(columns, np.int64), put(bias, np.float32)
