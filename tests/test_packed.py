@@ -133,6 +133,7 @@ def test_attention_in_blocks(found, num_rows, start, monkeypatch):
 
     together = attend(slice(None))
     blocks = reference.route(table, 1, committed, sequences, positions, *rest).blocks
+    assert all(len(range(len(together))[block.rows]) <= ROW_BLOCK for block in blocks)
     assert [i for block in blocks for i in range(len(q))[block.rows]] == list(range(len(q)))
     for row, (sequence, position) in enumerate(zip(sequences.tolist(), positions.tolist(), strict=True)):
         held = table[sequence, : position + 1].long()

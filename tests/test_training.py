@@ -318,17 +318,6 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     card = (tmp_path / "packed" / "README.md").read_text()
     assert size < 1e6 and "| text | unknown | 120 |" in card and "held-out loss" in card
     assert card.count("```python") == 2 * len(bundle.PROMPTS) and "def read_lines(path):" in card
-    stages = ["--oracle", oracle, "--draft", draft, "--draft2", draft2]
-    bundle.main([*stages, "--out", str(tmp_path / "trio")])
-    kept = sorted((tmp_path / "trio").rglob("*"))
-    with pytest.raises(SystemExit):
-        bundle.main([*stages[:-1], "/nowhere", "--out", str(tmp_path / "trio")])
-    assert kept == sorted((tmp_path / "trio").rglob("*")), "a mistake costs nothing"
-    repacked = [str(tmp_path / "trio" / name) for name in ("oracle", "draft", "draft2")]
-    bundle.main(
-        [*(a for pair in zip(stages[::2], repacked, strict=True) for a in pair), "--out", str(tmp_path / "trio")]
-    )
-    assert kept == sorted((tmp_path / "trio").rglob("*")), "onto itself"
 
 
 def test_share_of_the_oracles_own_text():
