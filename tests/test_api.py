@@ -1,8 +1,6 @@
 """The public surface: what is refused and how, where a generation ends, what it returns and leaves behind."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TextStreamer
 
-from decoding import SpeculationConfig, StagedDecoder, cli, staged_generate
+from decoding import SpeculationConfig, StagedDecoder, staged_generate
 from decoding.config import METHODS
 from decoding.text import load_tokenizer
 from tests.test_lossless import VOCAB, tiny_model
@@ -287,39 +285,6 @@ def test_custom_generate_refuses_inputs_that_it_would_ignore(inputs, message):
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "pad_token_id": 0}
     with pytest.raises(ValueError, match=message):
         model.generate(ids, custom_generate=staged_generate(), **arguments, **inputs)
-
-
-def staged(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "decoding", *arguments], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_command_line_json(capsys):
-    cli.main(["generate", "def add(a, b):", "--max-new-tokens", "8", "--json", "--do-sample", "--seed", "5"])
-    out = json.loads(capsys.readouterr().out)
-    assert out["seed"] == 5 and len(out["new_token_ids"]) == 8 == len(out["token_stages"])
-    assert {"sequences", "text", "finish_reason", "stats"} <= out.keys()
-
-
-def test_command_line_colour_and_compare(capsys):
-    cli.main(["generate", "def add(a, b):", "--max-new-tokens", "8", "--color"])
-    shown = capsys.readouterr().out
-    assert "\x1b[" in shown and "tokens proposed by" in shown
-    cli.main(["compare", "def add(a, b):", "--max-new-tokens", "8", "--json", "--hf"])
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["method"] for row in rows] == ["HF generate", *METHODS]
-    assert all(row["identical"] == "1 of 1" for row in rows[1:])
-
-
-@pytest.mark.parametrize("arguments", [["generate", ""], ["compare", "x", "--oracle", "./no"]])
-def test_command_line_errors_are_one_line_and_exit_two(arguments, capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.main(arguments)
-    assert exit.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-def test_the_command_itself_ends_with_one_line_too():
-    run = staged("generate", "x", "--top-p", "7")
-    assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr
 
 
 def test_a_decoder_may_be_loaded_in_inference_mode():

@@ -1,7 +1,11 @@
-"""Packing replaces the trio that lies in the folder, and only once all three stages are packed."""
+"""Packing replaces the trio that lies in the folder, and only once all three stages are packed; model cards."""
+
+import json
 
 import pytest
 
+from decoding import make
+from decoding.command_line import printable
 from decoding.decoder import BUNDLED
 from model import bundle
 
@@ -29,3 +33,14 @@ def test_a_mistake_costs_nothing_and_a_trio_may_be_packed_onto_itself(tmp_path, 
     pack(**{name: tmp_path / "trio" / name for name in NAMES})
     assert files() == packed
     assert [folder.name for folder in tmp_path.iterdir()] == ["trio"], "nothing is left behind"
+
+
+def test_a_card_adds_up_what_the_models_before_had_seen():
+    """The bundled oracle: 7.7 M tokens as the smaller model, 1.9 M since. And no folder of the machine is named."""
+    cards = json.loads((BUNDLED / "oracle" / "training.json").read_text())
+    seen = cards["started_from"]["tokens"] + cards["log"][-1]["tokens"]
+    oracle = make._model(BUNDLED / "oracle")
+    assert make._ancestry(BUNDLED / "oracle", oracle) == {"parameters": cards["parameters"], "tokens": seen}
+    assert f"that had seen {cards['started_from']['tokens'] / 1e6:.1f} M" in bundle.card("oracle", cards, {})
+    command = printable("staged", ["--data", "/a/text", "--exclude", "../b/c", "--start", "model/d"])
+    assert command == "staged --data .../text --exclude .../c --start model/d"

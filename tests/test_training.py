@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from decoding import StagedDecoder, cli, make
-from decoding.command_line import printable
-from decoding.decoder import BUNDLED
 from model import bundle, corpus, growth, samples, training
 
 
@@ -339,14 +337,3 @@ def test_text_that_a_model_writes_follows_its_law():
     assert len(parts) == 2 and all(part.shape == (2, 24) and part.dtype == np.uint16 for part in parts)
     rows = torch.from_numpy(np.concatenate(parts).astype(np.int64))
     assert torch.equal(model(rows).logits.argmax(-1)[:, 7:-1], rows[:, 8:])
-
-
-def test_a_card_adds_up_what_the_models_before_had_seen():
-    """The bundled oracle: 7.7 M tokens as the smaller model, 1.9 M since. And no folder of the machine is named."""
-    cards = json.loads((BUNDLED / "oracle" / "training.json").read_text())
-    seen = cards["started_from"]["tokens"] + cards["log"][-1]["tokens"]
-    oracle = make._model(BUNDLED / "oracle")
-    assert make._ancestry(BUNDLED / "oracle", oracle) == {"parameters": cards["parameters"], "tokens": seen}
-    assert f"that had seen {cards['started_from']['tokens'] / 1e6:.1f} M" in bundle.card("oracle", cards, {})
-    command = printable("staged", ["--data", "/a/text", "--exclude", "../b/c", "--start", "model/d"])
-    assert command == "staged --data .../text --exclude .../c --start model/d"

@@ -1,0 +1,46 @@
+"""The command ``staged``: what it prints, and one line where the user has made a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from decoding import cli
+from decoding.config import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+def staged(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "decoding", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_line_json(capsys):
+    cli.main(["generate", "def add(a, b):", "--max-new-tokens", "8", "--json", "--do-sample", "--seed", "5"])
+    out = json.loads(capsys.readouterr().out)
+    assert out["seed"] == 5 and len(out["new_token_ids"]) == 8 == len(out["token_stages"])
+    assert {"sequences", "text", "finish_reason", "stats"} <= out.keys()
+
+
+def test_command_line_colour_and_compare(capsys):
+    cli.main(["generate", "def add(a, b):", "--max-new-tokens", "8", "--color"])
+    shown = capsys.readouterr().out
+    assert "\x1b[" in shown and "tokens proposed by" in shown
+    cli.main(["compare", "def add(a, b):", "--max-new-tokens", "8", "--json", "--hf"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in rows] == ["HF generate", *METHODS]
+    assert all(row["identical"] == "1 of 1" for row in rows[1:])
+
+
+@pytest.mark.parametrize("arguments", [["generate", ""], ["compare", "x", "--oracle", "./no"]])
+def test_command_line_errors_are_one_line_and_exit_two(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_command_itself_ends_with_one_line_too():
+    run = staged("generate", "x", "--top-p", "7")
+    assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr
