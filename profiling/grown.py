@@ -1,0 +1,66 @@
+"""The bundled models' text at the cost of models of the paper's size: no training, no network.
+
+    python -m profiling.grown --out DIR     # DIR/oracle: 36 layers, 1280 wide; DIR/draft: 4 layers, 832 wide (40 M)
+
+Both begin as the function of a bundled model (``model.growth``), so they write its text and agree as often as the small
+ones do, while a pass streams the bytes of GPT-2 Large (but for the vocabulary, which stays the bundled one) and of the
+paper's draft. Latency and traffic measured on them are real; the text is a small model's. Weights whose values do not
+matter yet are random, not zero, except those that add to the residual stream.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from decoding.decoder import BUNDLED
+from model.growth import grow
+
+SIZES = {"oracle": (36, 1280), "draft": (4, 832)}
+HEAD_DIM = 64
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def write(source: Path, target: Path, layers: int, width: int) -> int:
+    """Write ``source``, grown to ``layers`` layers and ``width`` channels, to ``target``; its number of parameters.
+
+    In bfloat16, with the tokenizer of ``source``. Raises ValueError where ``source`` is the larger model.
+    """
+    small = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+    sizes = {"n_layer": layers, "n_embd": width, "n_head": width // HEAD_DIM}
+    config = GPT2Config.from_dict(small.config.to_dict() | sizes)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        large = GPT2LMHeadModel(config)
+    grow(large, small)
+    large.to(torch.bfloat16).save_pretrained(target)
+    for name in TOKENIZER:
+        shutil.copy(source / name, target / name)
+    return large.num_parameters()
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the models are written")
+    for name, size in SIZES.items():
+        flags.add_argument(f"--{name}-size", type=int, nargs=2, metavar=("LAYERS", "WIDTH"), default=size)
+    return flags
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parser().parse_args(arguments)
+    try:
+        for name in SIZES:
+            layers, width = getattr(flags, f"{name}_size")
+            count = write(BUNDLED / name, flags.out / name, layers, width)
+            print(f"{flags.out / name}: {layers} layers, {width} wide, {count / 1e6:.1f} M parameters")
+    except ValueError as error:
+        print(f"profiling.grown: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
