@@ -109,10 +109,13 @@ def chain(num_tokens: int, stage: str = "draft") -> SpeculationConfig:
     return SpeculationConfig((stage,), (num_tokens,), (1,), (1,), num_tokens, num_tokens)
 
 
-def default_speculation(method: str | None, available: list[str], rows: int = 16) -> SpeculationConfig:
+def default_speculation(
+    method: str | None, available: list[str], rows: int = 16, draft_rounds: int = 1
+) -> SpeculationConfig:
     """The default shape of ``method`` on the stages there are, cheapest first; None means all of them.
 
     ``rows`` are those that a pass takes for little more than one: the nodes of a tree fill them together with the root.
+    ``draft_rounds``: passes of the topmost draft, over what those below propose, that are worth one of the oracle.
 
     Raises ValueError where the method needs a stage that is missing.
     """
@@ -131,7 +134,7 @@ def default_speculation(method: str | None, available: list[str], rows: int = 16
         return SpeculationConfig(drafts[-1:], (4,), (4,), (4,), budget=rows - 1, max_depth=8)
     lookup = ("draft2",) if "draft2" in available else ()
     n, m = len(lookup), len(drafts)
-    rounds = (2,) * (n + m - 1) + (1 if n + m > 1 else 2,)  # one pass of the topmost, over what those below propose
+    rounds = (2,) * (n + m - 1) + (draft_rounds if n + m > 1 else 2,)
     return SpeculationConfig(lookup + drafts, rounds, (6,) * n + (rows - 1,) * m, (4,) * (n + m), rows - 1, 12)
 
 

@@ -260,7 +260,7 @@ class StagedDecoder:
                 return self._plan.shapes[method]
         model = self.oracle.model
         rows = model.ops.cheap_rows(model.device, model.dtype)
-        return default_speculation(method, [stage.name for stage in self.lower], rows)
+        return default_speculation(method, [stage.name for stage in self.lower], rows, model.ops.DRAFT_ROUNDS)
 
 
 @contextmanager

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from decoding.pipeline import Pipeline
+from decoding.prompt import PromptPasses
 from decoding.stages import Stage
 from decoding.stats import Work
 from kernels.layout import LENGTH
 from model.capture import CudaGraph, Graph
+from model.gpt2 import GPT2
+from model.kv_cache import PagedKVCache
 
 if TYPE_CHECKING:
     from decoding.loop import Generation
@@ -29,6 +32,9 @@ class Execution(Protocol):
     """A way to run the iterations of generations."""
 
     name: str  # "eager" or "captured"
+
+    def prefill(self, model: GPT2, tokens: list[int], cache: PagedKVCache) -> None:
+        """Commit ``tokens``, the beginning of a prompt, to sequence 0 of ``cache``."""
 
     def begin(self, generation: "Generation") -> Pipeline:
         """Get ready for a generation whose state is complete; may put that state elsewhere."""
@@ -44,6 +50,9 @@ class Eager:
 
     def __init__(self, ahead: int = 0):
         self._ahead = ahead
+
+    def prefill(self, model: GPT2, tokens: list[int], cache: PagedKVCache) -> None:
+        model.prefill(tokens, cache)
 
     def begin(self, generation: "Generation") -> Pipeline:
         def launch() -> list[Work]:
@@ -63,6 +72,7 @@ class Captured:
 
     def __init__(self, new_graph: Callable[[], Graph], ahead: int = 1):
         self._new_graph, self._ahead = new_graph, ahead
+        self.prefill = PromptPasses(new_graph).prefill
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()  # least recently used first
         self._max_plans = MAX_PLANS
 

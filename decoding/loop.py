@@ -42,7 +42,7 @@ class Generation:
         self.stats = Statistics([stage.name for stage in self.stages], execution.name)
         end = min(len(prompt) + limits.max_new_tokens, oracle.context + 1)
         contexts = [stage.context for stage in self.stages]
-        chain = begin_all(self.stages, prompt, config, self.ops)
+        chain = begin_all(self.stages, prompt, config, self.ops, execution.prefill)
         device = chain.cached_len.device
         progress = self.ops.new_progress(prompt, end, config.max_depth, contexts, limits.eos_token_ids, device)
         self.state = State(self.ops.new_tree(config.capacity, device, prompt[-1]), progress, chain)

@@ -6,6 +6,7 @@ that stay where the operations run; nothing here reads one.
 
 import threading
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ from decoding.config import SpeculationConfig
 from decoding.stats import Work
 from kernels.layout import MAX_ROWS, Chain, Progress, Sampling, SuccessorTable, Tree
 from model.gpt2 import GPT2, Query
+from model.kv_cache import PagedKVCache
 
 
 class State(NamedTuple):
@@ -43,6 +45,9 @@ class Lease(NamedTuple):
     cached_len: int  # positions that hold the prompt already
 
 
+Prefill = Callable[[GPT2, list[int], PagedKVCache], None]  # commits tokens to a cache
+
+
 class Stage(Protocol):
     """One model of the chain."""
 
@@ -56,7 +61,7 @@ class Stage(Protocol):
     memory: tuple  # what passes read and write beside the shared state; all of it outlives a generation
     in_use: threading.Lock  # held by the one generation that may use the stage
 
-    def begin(self, prompt: list[int], tree_capacity: int) -> Lease | None:
+    def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> Lease | None:
         """Forget the last generation and read the prompt; None from a stage without a cache."""
 
     def begin_iteration(self, num_head: int) -> None:
@@ -118,13 +123,13 @@ class KatzStage(_Counters):
         self.recent = ops.new_recent(self.num_recent, self.recent_width, self.vocab_size, table.tokens.device)
         self.in_use = threading.Lock()
         self._row_bytes = table.tokens.shape[1] * 8 + 16
-        self.begin([], 0)
+        self.begin([], 0, None)
 
     @property
     def memory(self) -> tuple:
         return self.table, self.recent
 
-    def begin(self, prompt: list[int], tree_capacity: int) -> None:
+    def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill | None) -> None:
         self._reset_counters()
         self.recent.keys.fill_(-1)
 
@@ -174,7 +179,7 @@ class GPT2Stage(_Counters):
     def memory(self) -> tuple:
         return self.model, self.cache
 
-    def begin(self, prompt: list[int], tree_capacity: int) -> Lease:
+    def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> Lease:
         self._reset_counters()
         pages = self.context + tree_capacity
         if self.cache is None or self.cache.num_pages < pages:
@@ -183,7 +188,7 @@ class GPT2Stage(_Counters):
             self.cache.reset()
         start = time.perf_counter()
         if 1 < len(prompt) <= self.context:
-            self.model.prefill(prompt[:-1], self.cache)
+            prefill(self.model, prompt[:-1], self.cache)
         self.seconds = self.prefill_seconds = time.perf_counter() - start
         cached_len = self.cache.cached_len[0]
         self.cache.append(self.context - cached_len)
@@ -240,11 +245,13 @@ class GPT2Stage(_Counters):
         self.cache.reset()
 
 
-def begin_all(stages: list[Stage], prompt: list[int], config: SpeculationConfig, ops: ModuleType) -> Chain:
+def begin_all(
+    stages: list[Stage], prompt: list[int], config: SpeculationConfig, ops: ModuleType, prefill: Prefill
+) -> Chain:
     """Begin a generation on every stage, the oracle last: the chain of their caches."""
     leases = []
     for index, stage in enumerate(stages):
-        lease = stage.begin(prompt, config.capacity)
+        lease = stage.begin(prompt, config.capacity, prefill)
         if lease is not None:
             stage.attach(len(leases), config.spare_rows(index))
             leases.append(lease)

@@ -1,5 +1,6 @@
 """GPT-2's forward pass over flat query rows and a paged KV cache: straight-line code over the fused operations."""
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -126,12 +127,16 @@ class GPT2:
         Passes of more than MAX_ROWS rows are multiples of it: on the GPU they have tiles of their own, so which
         tiles a position gets depends on its distance to the end alone, and prompts may share K/V up to such a border.
         """
-        chunk = chunk or self.ops.PREFILL_ROWS
         hidden = self.weights.wte.new_empty(len(tokens), self.config.n_embd)
-        start = 0
-        while start < len(tokens):
-            n = min(chunk, len(tokens) - start)
-            n -= n % MAX_ROWS if n > MAX_ROWS else 0
-            hidden[start : start + n] = self.append(tokens[start : start + n], cache, sequence)
-            start += n
+        for part in self.parts(len(tokens), chunk):
+            hidden[part] = self.append(tokens[part], cache, sequence)
         return hidden
+
+    def parts(self, num_tokens: int, chunk: int | None = None) -> Iterator[slice]:
+        """The passes of a prefill, as ``prefill`` cuts it."""
+        start = 0
+        while start < num_tokens:
+            n = min(chunk or self.ops.PREFILL_ROWS, num_tokens - start)
+            n -= n % MAX_ROWS if n > MAX_ROWS else 0
+            yield slice(start, start + n)
+            start += n

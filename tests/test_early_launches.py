@@ -63,8 +63,9 @@ def test_every_kernel_waits_before_it_touches_memory():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_only_gpus_that_have_it_get_another_launch(arch):
     """What selects a binary is the same as without the setting, but for one option where the GPU knows it."""
-    plain = [launch.options for launch in recorded(arch)]
-    with early_launches():
+    with early_launches(False):
+        plain = [launch.options for launch in recorded(arch)]
+    with early_launches(True):
         early = [launch.options for launch in recorded(arch)]
     added = {"launch_pdl": True} if arch in ("sm_90", "sm_100") else {}
     assert early == [options | added for options in plain]
@@ -85,7 +86,7 @@ def empty(*size):
     return torch.empty(*size, dtype=torch.bfloat16, device="meta")
 x, weight, out, gain = empty(1, 256), empty(64, 256), empty(1, 64), empty(256)
 for arch in ("sm_90", "sm_100"):
-    with record(arch) as recorded, early_launches():
+    with record(arch) as recorded, early_launches(True):
         moments = gpu.new_moments(1, 256, "meta")
         norm = (gain, gain, 1e-5)
         linear(x, weight, out, bias=gain[:64], norm=norm, moments=moments, tiles=LinearTiles(16, 64, 64, 2, 4, 2))
@@ -118,8 +119,9 @@ def test_a_pass_has_the_same_bits(shape):
     dtype = torch.float32 if INTERPRETING else torch.bfloat16
     with torch.no_grad():
         forward = passes.forward(passes.random_pass(shape, 5, dtype, torch.device(DEVICE), 60), gpu)
-        plain = forward()
-        with early_launches():
+        with early_launches(False):
+            plain = forward()
+        with early_launches(True):
             for _ in range(1 if INTERPRETING else 100):
                 assert same_bits(forward(), plain)
 
@@ -129,7 +131,7 @@ def test_weights_may_change_just_before():
     x = torch.ones(1, 256, device=DEVICE)
     weight, out = torch.empty(640, 256, device=DEVICE), torch.empty(1, 640, device=DEVICE)
     values, sums = range(1, 3 if INTERPRETING else 300), []
-    with early_launches():
+    with early_launches(True):
         for value in values:
             weight.fill_(value)
             sums.append(linear(x, weight, out).clone())

@@ -139,7 +139,7 @@ def test_a_probe_goes_on_at_the_first_bucket(ops):
     table = SuccessorTable(keys, rows, tokens.int().contiguous(), log_probs, torch.full((size + 1,), -3.0), size)
     progress = reference.new_progress([key // size, key % size], 9, 4, [9], ())
     tree = reference.new_tree(16, root=key % size)
-    table, tree, progress = (moved(part, home(ops)) for part in (table, tree, progress))
+    table, tree, progress = (moved(part, ops) for part in (table, tree, progress))
     nodes = torch.zeros(1, dtype=torch.int32, device=home(ops))
     children, _ = ops.lookup_nodes(table, tree, nodes, progress, GREEDY, 2, 1.0)
     assert children.tolist() == [[size % 7, size % 7 + 7]]

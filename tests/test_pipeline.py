@@ -21,11 +21,13 @@ from decoding.execution import MAX_PLANS, Captured, Eager, choose
 from decoding.katz import KatzTrigram, save
 from decoding.loop import Generation
 from decoding.pipeline import Pipeline
+from decoding.prompt import PromptPasses
 from decoding.stats import Work
 from kernels import gpu
 from kernels.layout import RECORD, RUNNING
 from profiling.equality import noisy_copy
-from tests.helpers import random_tokens
+from tests.gpu_helpers import same_bits
+from tests.helpers import random_tokens, tiny_gpt2
 from tests.recorded_graph import RecordedGraph, everything, said
 from tests.test_lossless import VOCAB, tiny_model
 
@@ -217,10 +219,11 @@ def test_one_capture_serves_every_seed_prompt_and_length(decoder):
         assert said(got) == said(plain)
         assert (got.stats["iteration"], plain.stats["iteration"]) == ("captured", "eager")
         assert got.stats["seconds"].keys() == {"total"}, "of the stages nothing is known"
-    assert made.count == 1
+    prompts = 2 * 2  # passes of 128 and 16 rows, of two models
+    assert made.count == 1 + prompts
     run(decoder, captured, [5], 3, method="staged", top_k=21, do_sample=True)
     run(decoder, captured, [5], 3, method="tree", **SAMPLINGS["sampled"])
-    assert made.count == 3, "another sampling, another plan"
+    assert made.count == 3 + prompts, "another sampling, another plan"
 
 
 def test_only_the_latest_plans_are_kept(decoder):
@@ -234,7 +237,7 @@ def test_only_the_latest_plans_are_kept(decoder):
 
 
 def test_a_replaced_cache_drops_the_plans_that_know_it(decoder):
-    """A larger tree needs a larger cache: plans captured with the old one are not replayed again."""
+    """A larger tree needs a larger cache: what was captured with the old one is not replayed again."""
     oracle = tiny_model(0, 1)
     own = StagedDecoder.from_pretrained(oracle, noisy_copy(oracle, 0.2), None, device="cpu", dtype="float32")
     made = Made()
@@ -242,9 +245,32 @@ def test_a_replaced_cache_drops_the_plans_that_know_it(decoder):
     arguments = {"prompt": [5, 17], "max_new_tokens": 9, "seed": 1} | SAMPLINGS["sampled"]
     small, large = SpeculationConfig(("draft",), (1,), (2,), (2,), 3, 4), own.plan("tree")
     first = own.generate(**arguments, speculation=small)
-    for config, count in ((large, 2), (small, 3), (large, 3), (small, 3)):
+    for config, count in ((large, 6), (small, 7), (large, 7), (small, 7)):  # with a pass of each model's for each cache
         assert own.generate(**arguments, speculation=config).new_token_ids == first.new_token_ids
         assert made.count == count
+
+
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 60, 128, 129, 300])
+def test_a_captured_prompt_leaves_the_bits_of_an_eager_one(num_tokens):
+    """Padded or not, in one pass or several, at the beginning and behind other tokens; the null page stays zero."""
+    model, tokens = tiny_gpt2(n_positions=400), random_tokens(num_tokens + 40)
+    captured, plain = model.new_cache(400), model.new_cache(400)
+    passes = PromptPasses(RecordedGraph)
+    for part in (tokens[:num_tokens], tokens[num_tokens:]):
+        passes.prefill(model, part, captured)
+        model.prefill(part, plain)
+        assert captured.cached_len == plain.cached_len
+        assert same_bits(captured.k, plain.k) and same_bits(captured.v, plain.v)
+    captured.check()
+
+
+def test_only_the_latest_passes_over_prompts_are_kept():
+    model, made = tiny_gpt2(n_positions=200), Made()
+    passes = PromptPasses(made)
+    for _ in range(2):
+        for cache in [model.new_cache(200) for _ in range(3)]:
+            passes.prefill(model, [5, 17], cache)
+    assert made.count == 6 and len(passes._passes) == 1, "a pass knows its cache"
 
 
 # --- which of them is used

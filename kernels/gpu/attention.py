@@ -72,10 +72,10 @@ def over_windows(
             page = tl.load(page_table_ptr + b * stride_table + lane // PAGE_SIZE, mask=live, other=0)
             slot = (page * PAGE_SIZE + lane % PAGE_SIZE).to(tl.int64) * C
             k = tl.load(k_head_ptr + slot[None, :] + offs_d[:, None], mask=live[None, :], other=0.0)
+            v = tl.load(v_head_ptr + slot[:, None] + offs_d[None, :], mask=live[:, None], other=0.0)  # on its way, too
             scores = tl.dot(q, k, input_precision="ieee") * scale
             scores = tl.where(lane[None, :] < mine[:, None], scores, float("-inf"))
             weights, factor, maximum, total = _online(scores, maximum, total)
-            v = tl.load(v_head_ptr + slot[:, None] + offs_d[None, :], mask=live[:, None], other=0.0)
             mixed = mixed * factor[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return maximum, total, mixed
 
@@ -102,7 +102,8 @@ def _tails(
     mixed = tl.zeros((TAIL_ROWS, D), tl.float32)
     for start in tl.static_range(0, LANES, STEP):
         lane = start + tl.arange(0, STEP)
-        slot = tl.load(tail_slots_ptr + row[:, None] * LANES + lane[None, :], mask=mask_row[:, None], other=0)
+        exists = mask_row[:, None] & (lane < LANES)[None, :]
+        slot = tl.load(tail_slots_ptr + row[:, None] * LANES + lane[None, :], mask=exists, other=0)
         live = slot >= PAGE_SIZE
         offs = slot.to(tl.int64)[:, :, None] * C + offs_d[None, None, :]
         k = tl.load(k_head_ptr + offs, mask=live[:, :, None], other=0.0).to(tl.float32)
@@ -171,6 +172,9 @@ def _tree_attention_kernel(
     q_head_ptr, k_head_ptr, v_head_ptr = q_ptr + head * D, k_cache_ptr + head * D, v_cache_ptr + head * D
     stride_part = num_rows.to(tl.int64) * H
     first = block * BLOCK_ROWS
+    tail_first = first + (part - PARTS) * TAIL_ROWS
+    if tail_first >= num_rows:  # tails of rows that do not exist
+        return
     if part < PARTS:
         row, mask_row, q = load_queries(q_head_ptr, first, num_rows, C, D, BLOCK_ROWS)
         sequence = tl.load(sequences_ptr + row, mask=mask_row, other=0)
@@ -197,7 +201,6 @@ def _tree_attention_kernel(
         state = part * stride_part + row * H + head
         _leave(mixed_ptr, maxima_ptr, sums_ptr, state, mask_row, maximum, total, mixed, D)
     else:
-        tail_first = first + (part - PARTS) * TAIL_ROWS
         tail_row, mask_tail, tail_q = load_queries(q_head_ptr, tail_first, num_rows, C, D, TAIL_ROWS)
         tail_maximum, tail_total, tail_mixed = _tails(
             tail_q.to(tl.float32) * scale,
@@ -217,7 +220,8 @@ def _tree_attention_kernel(
         _leave(mixed_ptr, maxima_ptr, sums_ptr, tail_state, mask_tail, tail_maximum, tail_total, tail_mixed, D)
 
     arrival_ptr = arrivals_ptr + block * H + head
-    if arrive(arrival_ptr, AMD) < PARTS + BLOCK_ROWS // TAIL_ROWS - 1:
+    with_tails = tl.cdiv(tl.minimum(num_rows - first, BLOCK_ROWS), TAIL_ROWS)
+    if arrive(arrival_ptr, AMD) < PARTS + with_tails - 1:
         return
     tl.store(arrival_ptr, 0)
     rows = first.to(tl.int64) + tl.arange(0, BLOCK_ROWS)

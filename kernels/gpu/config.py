@@ -14,7 +14,9 @@ import torch
 TABLE = Path(__file__).with_name("tuned.json")
 # A pipeline this deep leaves room for one program on each, so more programs than this take two rounds.
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+MAX_SPLITS = 8  # each costs its sum once more
 PREFILL_ROWS = 1024  # rows of one pass of a long prompt, a multiple of MAX_ROWS
+DRAFT_ROUNDS = 2  # passes of a draft that pay before one of the oracle: on an H200 one costs a tenth
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,11 @@ class LinearTiles:
     num_warps: int = 4
     num_stages: int = 3
     all_registers: bool = False  # rather than a few spilled to fit one more program
+    swapped: bool = False  # weights are the left operand: [outputs, depth] @ [depth, rows]
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.outputs}x{self.depth} /{self.splits} w{self.num_warps} s{self.num_stages}"
+        cut = f"{self.rows}x{self.outputs}x{self.depth} /{self.splits} w{self.num_warps} s{self.num_stages}"
+        return f"{cut} swapped" if self.swapped else cut
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class AttentionTiles:
     rows: int = 16
     window: int = 128
     parts: int = 4
-    tail_rows: int = 4
-    tail_step: int = 16
+    tail_rows: int = 1
+    tail_step: int = 64  # all of a tail at once
     num_warps: int = 4
     num_stages: int = 2
 
@@ -61,15 +65,16 @@ def key(num_outputs: int, depth: int, dtype: torch.dtype) -> str:
 def default_linear_tiles(
     arch: str, num_outputs: int, depth: int, dtype: torch.dtype, quantized: bool = False
 ) -> LinearTiles:
-    """The rule for shapes that were never tuned: about one program per multiprocessor, a deep pipeline in each."""
+    """The rule for shapes that were never tuned: one or two programs per multiprocessor, a deep pipeline in each."""
     if arch == "interpreter":  # large tiles, since a step costs milliseconds; three splits show the order of their sum
         step = 64 if depth < 512 else 256
         steps = -(-depth // step)
         return LinearTiles(16, 64, step, next(n for n in (3, 2, 1) if -(-steps // n) * (n - 1) < steps))
 
-    def cut(tile: int, step: int) -> int:
+    def cut(tile: int, step: int, per_multiprocessor: int = 1, least: int = 3) -> int:
         # one step more for 8 bits, whose 16-bit form takes registers beside it
-        return _splits(-(-num_outputs // tile), -(-depth // step), MULTIPROCESSORS.get(arch, 128), 3 + quantized)
+        programs = per_multiprocessor * MULTIPROCESSORS.get(arch, 128)
+        return _splits(-(-num_outputs // tile), -(-depth // step), programs, least + quantized)
 
     if dtype == torch.float32 and quantized:
         return _quantized_float32_tiles(arch, cut(64, 64))
@@ -77,10 +82,10 @@ def default_linear_tiles(
         return LinearTiles(16, 32, 32, cut(32, 32), 4 if arch.startswith("gfx") else 8, 3)
     if arch.startswith("gfx"):
         return LinearTiles(64, 64, 64, cut(64, 64), 4, 2)
-    if arch in ("sm_90", "sm_100"):
-        return LinearTiles(64, 64, 128, cut(64, 128), 4, 4)
-    # within the 99 KiB of shared memory of sm_86, sm_89, sm_120
-    return LinearTiles(64, 64, 64, cut(64, 64), 4, 4, all_registers=not quantized)
+    # 16 rows, since what is done to x costs by the row. On an H200 near the best that was found for each weight; others
+    # are assumed to be alike. Within the 99 KiB of shared memory of sm_86, sm_89, sm_120.
+    swapped = arch == "sm_90" and not quantized
+    return LinearTiles(16, 64, 64, cut(64, 64, per_multiprocessor=2, least=4), 4, 5, swapped=swapped)
 
 
 def _splits(num_tiles: int, num_steps: int, num_programs: int, least: int) -> int:
@@ -90,7 +95,7 @@ def _splits(num_tiles: int, num_steps: int, num_programs: int, least: int) -> in
     """
     fitting = [
         n
-        for n in range(2, 17)
+        for n in range(2, MAX_SPLITS + 1)
         if num_tiles * n <= num_programs and -(-num_steps // n) >= least and -(-num_steps // n) * (n - 1) < num_steps
     ]
     return max(fitting, default=1)
@@ -115,9 +120,9 @@ def prefill_tiles(arch: str, dtype: torch.dtype, quantized: bool = False) -> Lin
 def attention_tiles(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionTiles:
     """Tiles of tree attention, sized so that a window of keys and values and its scores stay in registers."""
     if arch == "interpreter":
-        return AttentionTiles(parts=2, tail_rows=16)
+        return AttentionTiles(parts=2, tail_rows=16, tail_step=16)
     scarce = (head_dim // 64) * (8 if dtype == torch.float32 else 1)
-    return AttentionTiles(window=max(16, 128 // scarce), tail_step=16 * 64 // head_dim)
+    return AttentionTiles(window=max(16, 128 // scarce), tail_step=64 * 64 // head_dim)
 
 
 def prefill_attention_tiles(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:

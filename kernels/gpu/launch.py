@@ -37,7 +37,7 @@ class Recording(NamedTuple):
 
 
 _recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
-_early: ContextVar[bool] = ContextVar("early", default=False)  # until it has been measured on a GPU
+_early: ContextVar[bool] = ContextVar("early", default=True)
 
 
 @contextmanager
@@ -63,8 +63,8 @@ def architecture(device: torch.device) -> str:
 
 
 @contextmanager
-def early_launches(wanted: bool = True) -> Iterator[None]:
-    """Within this, launches may start before the one ahead has finished (``kernels.gpu.early``), where the GPU can.
+def early_launches(wanted: bool) -> Iterator[None]:
+    """Whether launches may start before the one ahead has finished (``kernels.gpu.early``), as they do by default.
 
     A CUDA graph keeps what held when it was captured.
     """

@@ -99,6 +99,13 @@ def _finish(
         tl.store(tile_maxima_ptr + offs_row * tl.cdiv(M, BLOCK_OUT) + tile, largest, mask=mask_row)
 
 
+@triton.jit
+def _load_affine(norm_weight_ptr, norm_bias_ptr, k, K: tl.constexpr):
+    """Gain and shift of a layer norm at the places ``k``."""
+    gain = tl.load(norm_weight_ptr + k, mask=k < K, other=0.0)
+    return gain, tl.load(norm_bias_ptr + k, mask=k < K, other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x_ptr,  # [N, K]
@@ -129,6 +136,7 @@ def _linear_kernel(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     AMD: tl.constexpr,
+    SWAPPED: tl.constexpr,
     scales_ptr=None,  # float32 [M] of an int8 weight, or None
 ):
     """Grid (row tiles, output tiles, SPLITS): [BLOCK_ROWS, BLOCK_OUT] outputs over one split of K.
@@ -154,9 +162,10 @@ def _linear_kernel(
             prefetch_rows(bias_ptr, only, tile * BLOCK_OUT, 1, M, BLOCK_OUT)
     wait_for_previous()
     if norm_weight_ptr is not None:
+        gain, shift = _load_affine(norm_weight_ptr, norm_bias_ptr, split * STEPS * BLOCK_K + offs_k, K)
         mean, scale = load_moments(moments_ptr, offs_row, mask_row, K, tl.cdiv(K, PART), PART, BLOCK_PARTS, EPS)
 
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS) if SWAPPED else (BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for step in range(STEPS):
         k = (split * STEPS + step) * BLOCK_K + offs_k
         mask_k = k < K
@@ -171,11 +180,17 @@ def _linear_kernel(
         mask_x = mask_row[:, None] & mask_k[None, :]
         x = tl.load(x_ptr + offs_row[:, None] * K + k[None, :], mask=mask_x, other=0.0)
         if norm_weight_ptr is not None:
-            gain = tl.load(norm_weight_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
-            shift = tl.load(norm_bias_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
+            # Those of the next step are asked for here: nothing pipelines loads of a few bytes a thread.
+            next_gain, next_shift = _load_affine(norm_weight_ptr, norm_bias_ptr, k + BLOCK_K, K)
             normal = (x.to(tl.float32) - mean[:, None]) * scale[:, None]
-            x = (normal * gain[None, :] + shift[None, :]).to(weight.dtype)
-        acc = tl.dot(x, weight, acc, input_precision="ieee")
+            x = (normal * gain.to(tl.float32)[None, :] + shift.to(tl.float32)[None, :]).to(weight.dtype)
+            gain, shift = next_gain, next_shift
+        if SWAPPED:
+            acc = tl.dot(tl.trans(weight), tl.trans(x), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, weight, acc, input_precision="ieee")
+    if SWAPPED:
+        acc = tl.trans(acc)
 
     if SPLITS > 1:
         offs = offs_row[:, None] * M + column[None, :]
@@ -316,6 +331,7 @@ def linear(
             "BLOCK_OUT": tiles.outputs,
             "BLOCK_K": tiles.depth,
             "SPLITS": tiles.splits,
+            "SWAPPED": tiles.swapped,
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

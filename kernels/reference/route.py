@@ -14,6 +14,7 @@ from kernels.layout import NULL_PAGE, ROW_BLOCK, ROW_MULTIPLE, SHARED_WINDOW, TA
 from kernels.reference.moments import with_moments
 
 PREFILL_ROWS = 128  # rows of one pass of a long prompt: bounds the memory it takes
+DRAFT_ROUNDS = 1  # passes of a draft that pay before one of the oracle, as measured on a CPU
 
 
 def embed(
