@@ -29,6 +29,7 @@ class PromptPass:
         tokens, positions, slots, committed = self._columns
         zeros = torch.zeros(num_rows, 1, **put)  # no tree, one sequence
         query = Query(tokens, positions, zeros[:, 0], slots, zeros, zeros[0])
+        self._read_by_graph = query, committed  # which knows only where they lie
         graph.capture(lambda: model.forward(query, cache, cache.page_table, committed[:1]))
 
     def run(self, tokens: list[int]) -> None:

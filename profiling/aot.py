@@ -172,7 +172,8 @@ def expected_family(job: Job) -> str | None:
         return "v_mfma"
     if job.dtype == "float32":  # IEEE products on the vector units
         return None
-    warpgroup = job.source.constant("BLOCK_ROWS") >= 64 and job.source.options["num_warps"] >= 4
+    left = "BLOCK_OUT" if job.source.constant("SWAPPED") else "BLOCK_ROWS"
+    warpgroup = job.source.constant(left) >= 64 and job.source.options["num_warps"] >= 4
     return {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(job.arch, "HMMA") if warpgroup else "HMMA"
 
 
@@ -206,6 +207,7 @@ def tiles_text(source: Source) -> str:
     options = f"w{source.options['num_warps']} s{source.options['num_stages']}"
     sizes = [source.constant(name) for name in ("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_K", "WINDOW", "BLOCK")]
     text = "x".join(str(size) for size in sizes if size is not None)
+    options += " swapped" if source.constant("SWAPPED") else ""
     splits = source.constant("SPLITS") or source.constant("PARTS")
     return f"{text} /{splits} {options}" if splits else f"{text} {options}"
 

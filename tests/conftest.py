@@ -1,6 +1,7 @@
 """Options and fixtures for every test."""
 
 import importlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--prompts")
     if given is not None and not Path(given).is_dir():
         raise pytest.UsageError(f"--prompts: {given} is not a directory")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # a worker on each core, or they stall one another
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

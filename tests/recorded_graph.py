@@ -1,6 +1,9 @@
 """A stand-in for a CUDA graph, and what two generations are compared by."""
 
+import weakref
 from collections.abc import Callable
+from types import CellType, FunctionType
+from typing import Any
 
 import torch
 
@@ -11,15 +14,35 @@ from model.capture import NUM_WARM_UPS
 
 
 class RecordedGraph:
-    """Replays by calling what it captured: on the same buffers, and nothing is known of later generations."""
+    """Replays by calling what it captured: on the same buffers, and nothing is known of later generations.
+
+    As a CUDA graph it keeps no tensor alive that it was given: whoever had it captured must.
+    """
 
     def capture(self, run: Callable[[], None]) -> None:
         for _ in range(NUM_WARM_UPS + 1):
             run()
-        self._run = run
+        self._function = run.__code__, run.__globals__
+        self._held = [_forgetful(cell.cell_contents) for cell in run.__closure__ or ()]
 
     def replay(self) -> None:
-        self._run()
+        FunctionType(*self._function, closure=tuple(CellType(recall()) for recall in self._held))()
+
+
+def _forgetful(value: Any) -> Callable[[], Any]:
+    """What gives ``value`` back as long as its tensors live."""
+    if isinstance(value, torch.Tensor):
+        found = weakref.ref(value)
+
+        def recall() -> torch.Tensor:
+            assert (tensor := found()) is not None, "a graph reads a tensor that nobody has kept"
+            return tensor
+
+        return recall
+    if isinstance(value, tuple):
+        parts = [_forgetful(part) for part in value]
+        return lambda: type(value)(*(part() for part in parts))
+    return lambda: value
 
 
 def said(out: GenerateOutput) -> tuple:
