@@ -97,10 +97,11 @@ class SpeculationConfig:
         The unscored ancestors of a selected node are selected with it, so the others have been scored by this stage,
         whose cache has them then, or by one between it and the oracle; the topmost needs no such row. And a node to
         score is at most at depth ``max_depth`` - 1, so its path has at most ``max_depth`` - 2 nodes between the root
-        and itself.
+        and itself. One row less for the oracle, stage ``len(stages)``, which always scores the root, the last of the
+        committed tokens: 16 nodes take 16 rows and fill one block of a product.
         """
         if index >= len(self.stages) - 1:
-            return 0
+            return -1 if index == len(self.stages) and self.budget else 0
         return min(self.capacity, self.widths[index] * max(0, self.max_depth - 2))
 
 

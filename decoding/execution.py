@@ -156,9 +156,9 @@ def _key(generation: "Generation") -> tuple:
 def choose(lower: list[Stage], oracle: Stage, graphs: str | bool) -> Execution:
     """Captured iterations where ``graphs`` is True or, where they are possible, "auto"; else eager ones.
 
-    True also captures the passes over prompts, which "auto" leaves out until they have run on a GPU. Captured iterations
-    are possible on the Triton backend with all stages on one CUDA device; there an eager iteration is launched
-    ahead too. Raises ValueError for another value of ``graphs``, and for True where they are not possible.
+    True also captures the passes over prompts, which "auto" leaves out until they have run on a GPU. Captured
+    iterations are possible on the Triton backend with all stages on one CUDA device; there an eager iteration is
+    launched ahead too. Raises ValueError for another value of ``graphs``, and for True where they are not possible.
     """
     if graphs != "auto" and not isinstance(graphs, bool):
         raise ValueError(f"graphs must be 'auto', True or False, got {graphs!r}")

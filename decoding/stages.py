@@ -195,7 +195,7 @@ class GPT2Stage(_Counters):
         return Lease(self.cache.slots(0, self.context), self.cache.reserve(tree_capacity), cached_len)
 
     def attach(self, cache_index: int, num_spare: int) -> None:
-        """This stage's row of the chain, and how many rows of a pass ancestors may need that only others have run."""
+        """This stage's row of the chain, and how many rows more than nodes a pass may need: ``spare_rows``."""
         self._cache_index, self._num_spare = cache_index, num_spare
 
     def begin_iteration(self, num_head: int) -> None:

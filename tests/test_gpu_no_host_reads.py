@@ -75,6 +75,20 @@ def test_iteration_reads_nothing_back(no_host_reads):
     assert records[-1][Record.EMITTED] == 0 and records[-1][Record.STATE] == LENGTH
 
 
+def test_a_pass_of_the_oracle_has_a_row_for_each_node(monkeypatch):
+    """The root's is the one at the head: nodes that fill a block of a product, the root among them, fill just one."""
+    ours, counts = generation("triton"), []
+    forward = ours.oracle.model.forward
+
+    def counting(query, *rest):
+        counts.append(len(query.tokens))
+        return forward(query, *rest)
+
+    monkeypatch.setattr(ours.oracle.model, "forward", counting)
+    ours.iterate()
+    assert counts == [ours.config.budget + 1]
+
+
 @pytest.mark.gpu
 def test_iteration_does_not_synchronise():
     """On a GPU, torch itself raises where an iteration would wait for the device, copies to the host included."""
