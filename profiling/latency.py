@@ -20,8 +20,7 @@ is cut at ``input-len`` tokens, and goes on with those after it where it is too 
 - memory: see ``profiling.memory``.
 
 Lists of lengths make a sweep. The JSON has a row per lengths and method under "rows"; at its top level are vLLM's keys,
-for the first lengths and the fullest of our methods that ran. Markdown is written beside it. Written to run on a GPU,
-too, but not yet run on one.
+for the first lengths and the fullest of our methods that ran. Markdown is written beside it.
 """
 
 import argparse

@@ -9,7 +9,8 @@ from kernels.gpu.config import LinearTiles
 from kernels.layout import MOMENT_PART, VOCAB_TILE
 
 KIB = 1024
-ROWS, OUTPUTS, WARPS, STAGES = (16, 32, 64), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5)
+ROWS, OUTPUTS, WARPS, STAGES = (16, 32, 64), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5, 6, 8)
+LEFT_OPERAND = 64  # least rows of it that a warp group multiplies
 MAX_SPLITS = 16
 MAX_WASTE = 1.1  # depth that is computed, relative to the depth there is
 
@@ -46,8 +47,8 @@ def candidates(
     """At most ``limit`` configurations for a weight [num_outputs, depth] of the operation ``name``, likely ones first.
 
     The output head keeps maxima of tiles of VOCAB_TILE, a tile of the joint projection must lie in the queries, the
-    keys or the values, and one that leaves moments holds whole parts. An equal share of each row tile is kept: which
-    of them wins depends on the number of rows.
+    keys or the values, and one that leaves moments holds whole parts. An equal share is kept of each row tile, with the
+    weights as right and, where a GPU multiplies by warp groups, as left operand: no guess says which of them wins.
     """
     outputs_allowed = [VOCAB_TILE] if name == "lm_head" else list(OUTPUTS)
     if name in ("attn_proj", "mlp_proj"):
@@ -55,15 +56,18 @@ def candidates(
     if name == "layer_norm_qkv":
         outputs_allowed = [outputs for outputs in OUTPUTS if num_outputs // 3 % outputs == 0]
     depths = (32, 64) if dtype == torch.float32 else (64, 128, 256)
+    groups = [(rows, False) for rows in ROWS]
+    if arch == "sm_90" and dtype != torch.float32:
+        groups += [(rows, True) for rows in ROWS[:2]]
     kept: list[list[LinearTiles]] = []
-    for rows in ROWS:
+    for rows, swapped in groups:
         fitting = []
         for outputs, step, warps, stages in product(outputs_allowed, depths, WARPS, STAGES):
             for splits in _splits(depth, step):
-                tiles = LinearTiles(rows, outputs, step, splits, warps, stages)
+                tiles = LinearTiles(rows, outputs, step, splits, warps, stages, swapped=swapped)
                 if fits(tiles, arch, num_outputs, depth, dtype):
                     fitting.append((-_promise(tiles, arch, num_outputs, depth, dtype), len(fitting), tiles))
-        kept.append([tiles for *_, tiles in sorted(fitting)[: -(-limit // len(ROWS))]])
+        kept.append([tiles for *_, tiles in sorted(fitting)[: -(-limit // len(groups))]])
     in_turn = [tiles for group in zip_longest(*kept) for tiles in group if tiles is not None]
     return in_turn[:limit]
 
@@ -83,7 +87,8 @@ def fits(tiles: LinearTiles, arch: str, num_outputs: int, depth: int, dtype: tor
         and steps * tiles.depth <= MAX_WASTE * depth
         and steps % tiles.splits == 0
         and tiles.num_stages <= max(2, steps // tiles.splits)
-        and (tiles.rows // 16) * (tiles.outputs // 8) >= tiles.num_warps
+        and (not tiles.swapped or tiles.outputs >= LEFT_OPERAND * tiles.num_warps // 4)
+        and (tiles.swapped or (tiles.rows // 16) * (tiles.outputs // 8) >= tiles.num_warps)
         and programs >= limits.multiprocessors // 2
         and (tiles.splits == 1 or programs <= 6 * limits.multiprocessors)
     )

@@ -9,7 +9,7 @@ https://ui.perfetto.dev. Prefill is not counted. On a CPU the time of each opera
 "Python between operations" is the rest; since operations are partly Python themselves, two stricter figures stand
 below: the time that no torch operator ran (under torch.profiler, whose bookkeeping counts as Python), and whose code
 the processor was in (sampled by the Linux kernel). On a GPU kernels are timed by CUPTI, after torch.profiler; the rest
-is idle time, inside iterations and between them. Bytes are arithmetic. No figure of a GPU has been published yet.
+is idle time, inside iterations and between them. Bytes are arithmetic.
 """
 
 import argparse

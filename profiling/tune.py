@@ -4,11 +4,12 @@
     python -m profiling.tune --model --arch sm_90 [--shapes ...]              without one: ranked by the cost model
     python -m profiling.tune --rehearse --out DIR                             the flow on a CPU with the torch twins
 
-One configuration serves every number of rows, so a candidate must give a row the same bits among 1, 2, 16, 17, 64 and
-128 rows and in any place; then its score is the mean, over 1 and 16 rows, of its time relative to the configuration in
-use (below 1 is faster). The winner of a weight is written to the table (``kernels/gpu/tuned.json``, or ``--table``) as
-soon as that weight is done, with what it was measured on. Modelled rows never replace measured ones. Changing a row
-changes bits of logits, though never whether decoding is lossless: all of it uses one table.
+All candidates are timed briefly; the fastest FINALISTS, and the configuration in use, go on. One configuration serves
+every number of rows, so it must give a row the same bits among 1, 2, 16, 17, 64 and 128 rows and in any place; then its
+score is the mean, over 1 and 16 rows, of its time relative to the configuration in use (below 1 is faster). The winner
+of a weight is written to the table (``kernels/gpu/tuned.json``, or ``--table``) as soon as that weight is done, with
+what it was measured on. Modelled rows never replace measured ones. Changing a row changes bits of logits, though never
+whether decoding is lossless: all of it uses one table.
 """
 
 import argparse
@@ -29,16 +30,16 @@ import torch
 from kernels import reference
 from kernels.gpu import config
 from kernels.gpu.config import LinearTiles, linear_tiles
-from profiling.calls import TOLERANCES, Call, bind, check, make_calls, relative_error, run, take_rows
+from profiling.bench import TIMED_ROWS, Bench
+from profiling.calls import Call, bind, make_calls
 from profiling.rows import Rows, about
 from profiling.shapes import SHAPES, Operation, Shape
 from profiling.tiles import candidates
-from profiling.timing import copies_for, first_line, measure, memory_rates
+from profiling.timing import first_line, memory_rates
 
 WEIGHTS = ("layer_norm_qkv", "attn_proj", "mlp_fc_gelu", "mlp_proj", "lm_head")
-TIMED_ROWS = (1, 16)
-BIT_ROWS = (1, 2, 16, 17, 64, 128)
 TEXT_LENGTH = 64
+FINALISTS = 6
 MIN_GAIN = 0.01  # less than that is noise, and bits would change for it
 REHEARSED = Shape("rehearsed", 1, 768, 12, vocab=5000, positions=256)
 
@@ -170,50 +171,30 @@ def winner(scored: list[tuple[float, LinearTiles, dict]]) -> tuple[float, Linear
     return best if best[0] <= 1 - MIN_GAIN else scored[0]
 
 
-class Bench:
-    """Inputs of one weight on one device, and what a candidate does on them."""
-
-    def __init__(self, task: Task, device: torch.device, ops: Any, copy_rate: float, samples: int):
-        self.device, self.ops, self.dtype, self.copy_rate, self.samples = device, ops, task.dtype, copy_rate, samples
-        self.operation, self.call = task.calls(max(BIT_ROWS), device)
-        copies = range(copies_for(self.operation.weight_bytes, device))
-        timed = [task.calls(max(TIMED_ROWS), device)[1] for _ in copies]
-        self.timed = {n: [take_rows(call, slice(0, n)) for call in timed] for n in TIMED_ROWS}
-        self.expected: torch.Tensor | None = None  # of the configuration in use
-
-    def bits(self) -> tuple[str, bool]:
-        """Why the candidate is wrong ("" if it is not), and whether its bits are those of the configuration in use."""
-        whole = run(self.call, self.ops)
-        if self.expected is None:
-            result = check(self.call, self.ops, self.dtype, [0, max(BIT_ROWS) - 1])
-            if not result["ok"]:
-                return f"error {result['error']:.1e}, rows that differ alone {result['different_rows']}", True
-            self.expected = whole
-        error = relative_error(whole, self.expected)
-        if not error <= 2 * TOLERANCES[self.dtype]:
-            return f"relative error {error:.1e} against the configuration in use", False
-        for n in BIT_ROWS:
-            if not torch.equal(run(take_rows(self.call, slice(0, n)), self.ops), whole[:n]):
-                return f"bits of a row differ between {n} and {len(whole)} rows", False
-        backwards = torch.arange(len(whole) - 1, -1, -1, device=self.device)
-        if not torch.equal(run(take_rows(self.call, backwards), self.ops)[backwards], whole):
-            return "bits of a row differ by its place", False
-        return "", torch.equal(whole, self.expected)
-
-    def times(self) -> dict[str, float]:
-        """Medians in microseconds, and percent of the copy rate by the bytes of the weight."""
-        columns = {}
-        for n, calls in self.timed.items():
-            timing = measure([bind(call, self.ops) for call in calls], self.device, self.samples)
-            columns[f"microseconds_{n}"] = timing.median * 1e6
-            columns[f"percent_of_copy_{n}"] = 100 * self.operation.weight_bytes / timing.median / self.copy_rate
-        return columns
+def finalists(
+    task: Task, bench: Bench, tiles_in_order: list[LinearTiles], deadline: float, rows: Rows
+) -> list[LinearTiles]:
+    """The configuration in use, which is the first, and the fastest others by a brief look."""
+    current, *others = tiles_in_order
+    seconds = {}
+    for tiles in others:
+        if time.monotonic() > deadline:
+            break
+        described = {"kind": "brief", "shape": task.shape.name, "operation": task.name, "tiles": str(tiles)}
+        try:
+            with using(task, tiles):
+                seconds[tiles] = bench.brief()
+        except Exception as error:
+            rows.add(**described, failure=first_line(error))
+            continue
+        rows.add(**described, microseconds=seconds[tiles] * 1e6)
+    return [current, *sorted(seconds, key=seconds.get)[:FINALISTS]]
 
 
 def tune(task: Task, bench: Bench, tiles_in_order: list[LinearTiles], deadline: float, rows: Rows) -> None:
-    """Check and time the candidates of one weight, the configuration in use first, and write the winner."""
+    """Check and time the best candidates of one weight, the configuration in use first, and write the winner."""
     scored, base = [], None
-    for tiles in tiles_in_order:
+    for tiles in finalists(task, bench, tiles_in_order, deadline, rows):
         if scored and time.monotonic() > deadline:
             print(f"{task.shape.name} {task.name}: budget spent after {len(scored)} candidates", flush=True)
             break
