@@ -96,8 +96,8 @@ class StagedDecoder:
         name the checkpoint's dtype to compare tokens with ``model.generate``. ``graphs``: whether an iteration is
         captured in a CUDA graph and replayed; "auto" does so wherever it can be, with the triton backend on a GPU. The
         first generation of each shape, with each temperature and each set of filters, captures one; eight are kept.
-        True also captures the passes over prompts, padded to a few sizes, which saves some 20 ms a generation of GPT-2
-        Large's shape, and was not yet run on a GPU after its last change.
+        True also captures the passes over prompts, padded to a few sizes: launched from Python they are most of the
+        20 ms before the first token of GPT-2 Large's shape. That was not run on a GPU after its last change.
         ``plan``: the shapes that ``staged plan`` found fastest on this machine, for ``method``; None: the defaults.
         ``draft_quantization="int8"`` keeps the drafts' matrices in 8 bits (``model.quantization``), never the oracle's:
         the text stays the same, a draft's pass reads about half of bfloat16's bytes and guesses a little worse.

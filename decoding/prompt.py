@@ -16,7 +16,7 @@ from model.gpt2 import GPT2, Query
 from model.kv_cache import PagedKVCache
 
 LEAST_ROWS = 16
-MAX_PASSES = 24  # that are kept, the latest used ones
+MAX_PASSES = 48  # that are kept, the latest used ones
 
 
 class PromptPass:

@@ -206,7 +206,7 @@ class GPT2Stage(_Counters):
         tree, progress, chain = state
         model, ops = self.model, self.model.ops
         reach = progress.reach[index]
-        room = len(nodes) + self._num_spare
+        room = max(0, len(nodes) + self._num_spare)
         rows = ops.stage_rows(tree, nodes, progress, chain, self._cache_index, reach, self._num_head, room)
         self._num_head = 0
         if len(rows.tokens) == 0:

@@ -184,7 +184,7 @@ def _tree_attention(launch: Launch, text_length: int) -> Traffic:
         l2_bytes=2 * size * width * (blocks * shared + n * tail + n) + 2 * state,
         flops=4 * blocks * constants["BLOCK_ROWS"] * width * (steps * parts * window),
         in_flight=2 * min(window, max(shared, TAIL_LANES)) * constants["D"] * size,
-        l2_trips=2 * max(steps, TAIL_LANES // constants["STEP"]) + 4,
+        l2_trips=2 * max(steps, math.ceil(TAIL_LANES / constants["STEP"])) + 4,
         dram_trips=1,
     )
 

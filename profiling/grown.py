@@ -36,9 +36,13 @@ def write(source: Path, target: Path, layers: int, width: int) -> int:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         large = GPT2LMHeadModel(config)
     grow(large, small)
-    large.to(torch.bfloat16).save_pretrained(target)
+    unfinished = target.with_name(f"unfinished_{target.name}")  # a kill in the middle leaves no half of a model
+    shutil.rmtree(unfinished, ignore_errors=True)
+    large.to(torch.bfloat16).save_pretrained(unfinished)
     for name in TOKENIZER:
-        shutil.copy(source / name, target / name)
+        shutil.copy(source / name, unfinished)
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)
     return large.num_parameters()
 
 

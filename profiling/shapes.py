@@ -51,6 +51,8 @@ BUNDLED = {
     "oracle": Shape("bundled oracle", 7, 384, 6, vocab=8192),
     "draft": Shape("bundled draft", 2, 128, 2, vocab=8192),
 }
+# Of ``profiling.grown``: a vocabulary that is the bundled one.
+GROWN = (Shape("grown-oracle", 36, 1280, 20, vocab=8192), Shape("grown-draft", 4, 832, 13, vocab=8192))
 
 
 class Operation(NamedTuple):

@@ -64,12 +64,12 @@ def plan(flags: argparse.Namespace) -> list[Step]:
         steps = [_tests(flags, "tests", 0.4, "tests/test_rows_of_a_pass.py")]
     else:
         steps = [_tests(flags, "tests-kernels", 0.25, *KERNELS, "-m", "gpu", *parallel())]
-        steps.append(_tests(flags, "tests-captured", 0.12, *CAPTURED, *parallel()))
+        steps.append(_tests(flags, "tests-captured", 0.1, *CAPTURED, *parallel()))
     own = BUNDLED  # what is measured where no models are given
     own_first = not flags.oracle and not flags.mini
     if own_first and flags.budget_minutes < BRIEF:
         own = grown(out / "grown")
-        steps.append(Step("grow", ("-m", "profiling.grown", "--out", str(out / "grown")), 0.07, makes=own.needs))
+        steps.append(Step("grow", ("-m", "profiling.grown", "--out", str(out / "grown")), 0.1, makes=own.needs))
     if own_first:
         steps.append(_latency(flags, own, 0.15, USUAL_PEERS))
     steps += _microbenchmarks(flags, seconds)
@@ -86,6 +86,8 @@ def plan(flags: argparse.Namespace) -> list[Step]:
         if not own_first:
             steps.append(_latency(flags, own, 1.0, USUAL_PEERS))
         steps.append(_paper(flags, own, 1.0))
+        if own is not BUNDLED:  # also where nothing could be grown
+            steps.append(_latency(flags, BUNDLED, 1.0, USUAL_PEERS))
         others = [f"--ignore={path}" for path in (*KERNELS, *CAPTURED)]
         steps.append(_tests(flags, "tests-others", 1.0, "tests", "-m", "gpu", *others, *parallel()))
     return steps

@@ -73,9 +73,13 @@ def candidates(
 
 
 def _splits(depth: int, step: int) -> list[int]:
-    """Even cuts of the steps, at least two steps each."""
+    """Cuts of the steps, even ones or few, that leave each at least two steps and none without work."""
     steps = -(-depth // step)
-    return [n for n in range(1, MAX_SPLITS + 1) if steps % n == 0 and (n == 1 or steps >= 2 * n)]
+    return [
+        n
+        for n in range(1, MAX_SPLITS + 1)
+        if (steps % n == 0 or n <= 4) and -(-steps // n) * (n - 1) < steps and (n == 1 or steps >= 2 * n)
+    ]
 
 
 def fits(tiles: LinearTiles, arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> bool:
@@ -85,11 +89,10 @@ def fits(tiles: LinearTiles, arch: str, num_outputs: int, depth: int, dtype: tor
     return (
         shared_bytes(tiles, dtype) <= limits.shared
         and steps * tiles.depth <= MAX_WASTE * depth
-        and steps % tiles.splits == 0
-        and tiles.num_stages <= max(2, steps // tiles.splits)
+        and tiles.num_stages <= max(2, -(-steps // tiles.splits) + 1)
         and (not tiles.swapped or tiles.outputs >= LEFT_OPERAND * tiles.num_warps // 4)
         and (tiles.swapped or (tiles.rows // 16) * (tiles.outputs // 8) >= tiles.num_warps)
-        and programs >= limits.multiprocessors // 2
+        and programs >= limits.multiprocessors // 6
         and (tiles.splits == 1 or programs <= 6 * limits.multiprocessors)
     )
 

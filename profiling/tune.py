@@ -33,7 +33,7 @@ from kernels.gpu.config import LinearTiles, linear_tiles
 from profiling.bench import TIMED_ROWS, Bench
 from profiling.calls import Call, bind, make_calls
 from profiling.rows import Rows, about
-from profiling.shapes import SHAPES, Operation, Shape
+from profiling.shapes import GROWN, SHAPES, Operation, Shape
 from profiling.tiles import candidates
 from profiling.timing import first_line, memory_rates
 
@@ -171,14 +171,13 @@ def winner(scored: list[tuple[float, LinearTiles, dict]]) -> tuple[float, Linear
     return best if best[0] <= 1 - MIN_GAIN else scored[0]
 
 
-def finalists(
-    task: Task, bench: Bench, tiles_in_order: list[LinearTiles], deadline: float, rows: Rows
-) -> list[LinearTiles]:
-    """The configuration in use, which is the first, and the fastest others by a brief look."""
+def race(task: Task, bench: Bench, tiles_in_order: list[LinearTiles], deadline: float, rows: Rows) -> list[LinearTiles]:
+    """The configuration in use, which is the first, and the others that a brief look reached, fastest first."""
     current, *others = tiles_in_order
     seconds = {}
     for tiles in others:
         if time.monotonic() > deadline:
+            print(f"{task.shape.name} {task.name}: budget spent after {len(seconds)} candidates", flush=True)
             break
         described = {"kind": "brief", "shape": task.shape.name, "operation": task.name, "tiles": str(tiles)}
         try:
@@ -188,15 +187,14 @@ def finalists(
             rows.add(**described, failure=first_line(error))
             continue
         rows.add(**described, microseconds=seconds[tiles] * 1e6)
-    return [current, *sorted(seconds, key=seconds.get)[:FINALISTS]]
+    return [current, *sorted(seconds, key=seconds.get)]
 
 
 def tune(task: Task, bench: Bench, tiles_in_order: list[LinearTiles], deadline: float, rows: Rows) -> None:
     """Check and time the best candidates of one weight, the configuration in use first, and write the winner."""
     scored, base = [], None
-    for tiles in finalists(task, bench, tiles_in_order, deadline, rows):
-        if scored and time.monotonic() > deadline:
-            print(f"{task.shape.name} {task.name}: budget spent after {len(scored)} candidates", flush=True)
+    for tiles in race(task, bench, tiles_in_order, deadline, rows):
+        if len(scored) > FINALISTS:  # with the configuration in use; wrong ones make room
             break
         described = {"kind": "tuned", "shape": task.shape.name, "operation": task.name, "tiles": str(tiles)}
         try:
@@ -233,9 +231,10 @@ def tasks_of(shapes: list[Shape], dtypes: list[torch.dtype], weights: list[str],
 
 
 def main() -> int:
-    names = {shape.name: shape for shape in SHAPES.values()}
+    names = {shape.name: shape for shape in (*SHAPES.values(), *GROWN)}
+    shapes = ["gpt2-large", *(shape.name for shape in GROWN), "gpt2", "gpt2-xl", "gpt2-medium"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=names, default=["gpt2-large", "gpt2", "gpt2-xl", "gpt2-medium"])
+    parser.add_argument("--shapes", nargs="+", choices=names, default=shapes)
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
     parser.add_argument("--arch", default="sm_90", help="with --model; otherwise that of the GPU")

@@ -16,7 +16,8 @@ from model.capture import NUM_WARM_UPS
 class RecordedGraph:
     """Replays by calling what it captured: on the same buffers, and nothing is known of later generations.
 
-    As a CUDA graph it keeps no tensor alive that it was given: whoever had it captured must.
+    As a CUDA graph it keeps no tensor alive that ``run`` closes over, by itself or in tuples: whoever captured it must.
+    Objects that ``run`` closes over are kept, as they are called again.
     """
 
     def capture(self, run: Callable[[], None]) -> None:
@@ -41,7 +42,8 @@ def _forgetful(value: Any) -> Callable[[], Any]:
         return recall
     if isinstance(value, tuple):
         parts = [_forgetful(part) for part in value]
-        return lambda: type(value)(*(part() for part in parts))
+        make = getattr(type(value), "_make", tuple)
+        return lambda: make(part() for part in parts)
     return lambda: value
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import gpu, reference
-from kernels.gpu import attention, linear
+from kernels.gpu import attention, config, linear
 from kernels.gpu.config import AttentionTiles, LinearTiles
 from kernels.gpu.launch import arrivals
 from kernels.layout import VOCAB_TILE
@@ -142,6 +142,9 @@ def test_rows_of_a_prefill(shape, dtype):
         LinearTiles(32, 128, 64, 3),
         LinearTiles(64, 64, 128, 2, num_stages=2),
         LinearTiles(64, 16, 256, 1, num_stages=2),
+        LinearTiles(16, 64, 32, 2, swapped=True),
+        LinearTiles(32, 128, 64, 3, swapped=True),
+        LinearTiles(16, 64, 128, 2, swapped=True),
     ],
     ids=lambda tiles: str(tiles).replace(" ", "-"),
 )
@@ -172,6 +175,31 @@ def test_linear_tiles(tiles, dtype):
     assert same_bits(beside_nan[1::3], whole[1::3])
 
 
+@REAL_SHAPE
+@pytest.mark.parametrize("weight", config._table().get("sm_90", {}))
+def test_tiles_of_the_table(weight):
+    """At the sizes that the table is for: near float64, and a row's bits are its own."""
+    sizes, name = weight.split()
+    (m, k), dtype = map(int, sizes.split("x")), getattr(torch, name)
+    x, matrix, residual = (
+        (scale * torch.randn(*size, device=DEVICE)).to(dtype)
+        for scale, size in ((1, (64, k)), (k**-0.5, (m, k)), (1, (64, m)))
+    )
+    bias, gain, shift = (torch.randn(size, device=DEVICE).to(dtype) for size in (m, k, k))
+    tiles = config.linear_tiles("sm_90", m, k, dtype)
+
+    def layer(rows: slice) -> torch.Tensor:
+        mine, out = x[rows].clone(), x.new_empty(len(x[rows]), m)
+        around = {"bias": bias, "norm": (gain, shift, EPS), "residual": residual[rows].clone()}
+        return linear.linear(mine, matrix, out, **around, tiles=tiles)
+
+    whole = layer(slice(None))
+    y = F.layer_norm(x.double(), (k,), gain.double(), shift.double(), EPS) @ matrix.double().T
+    assert_near(whole, residual.double() + y + bias.double(), dtype)
+    for rows in (slice(0, 1), slice(16, 33), slice(63, 64)):
+        assert same_bits(layer(rows), whole[rows])
+
+
 @DTYPES
 @pytest.mark.parametrize(
     "tiles",
@@ -181,6 +209,8 @@ def test_linear_tiles(tiles, dtype):
         AttentionTiles(rows=32, window=64, parts=2, tail_rows=4, tail_step=16),
         AttentionTiles(rows=16, window=128, parts=4, tail_rows=4, tail_step=16),
         AttentionTiles(rows=64, window=128, parts=5, tail_rows=16, tail_step=16),
+        AttentionTiles(rows=16, window=64, parts=4, tail_rows=1, tail_step=64),
+        AttentionTiles(rows=32, window=64, parts=2, tail_rows=4, tail_step=32),
     ],
     ids=lambda tiles: f"{tiles.rows}x{tiles.window} by {tiles.parts}, {tiles.tail_rows}x{tiles.tail_step}",
 )

@@ -264,13 +264,23 @@ def test_a_captured_prompt_leaves_the_bits_of_an_eager_one(num_tokens):
     captured.check()
 
 
-def test_only_the_latest_passes_over_prompts_are_kept():
+def test_a_pass_over_a_prompt_knows_its_cache():
     model, made = tiny_gpt2(n_positions=200), Made()
     passes = PromptPasses(made)
     for _ in range(2):
         for cache in [model.new_cache(200) for _ in range(3)]:
             passes.prefill(model, [5, 17], cache)
-    assert made.count == 6 and len(passes._passes) == 1, "a pass knows its cache"
+    assert made.count == 6 and len(passes._passes) == 1
+
+
+def test_only_the_latest_passes_over_prompts_are_kept(monkeypatch):
+    monkeypatch.setattr("decoding.prompt.MAX_PASSES", 2)
+    model, made = tiny_gpt2(n_positions=200), Made()
+    passes, cache = PromptPasses(made), model.new_cache(200)
+    for length, captured in ((5, 1), (20, 2), (5, 2), (40, 3), (5, 3), (20, 4)):  # of 16, 32, 16, 64, 16, 32 rows
+        cache.reset()
+        passes.prefill(model, random_tokens(length), cache)
+        assert made.count == captured
 
 
 # --- which of them is used

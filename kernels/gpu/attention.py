@@ -303,5 +303,6 @@ def tree_attention(
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        all_registers=tiles.all_registers,
     )
     return out

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_name("tuned.json")
-# A pipeline this deep leaves room for one program on each, so more programs than this take two rounds.
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 MAX_SPLITS = 8  # each costs its sum once more
 PREFILL_ROWS = 1024  # rows of one pass of a long prompt, a multiple of MAX_ROWS
-DRAFT_ROUNDS = 2  # passes of a draft that pay before one of the oracle: on an H200 one costs a tenth
+DRAFT_ROUNDS = 2  # passes of a draft before one of the oracle, which takes about ten times as long on an H200
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class AttentionTiles:
     tail_step: int = 64  # all of a tail at once
     num_warps: int = 4
     num_stages: int = 2
+    all_registers: bool = False
 
 
 def linear_tiles(arch: str, num_outputs: int, depth: int, dtype: torch.dtype, quantized: bool = False) -> LinearTiles:
@@ -82,8 +82,8 @@ def default_linear_tiles(
         return LinearTiles(16, 32, 32, cut(32, 32), 4 if arch.startswith("gfx") else 8, 3)
     if arch.startswith("gfx"):
         return LinearTiles(64, 64, 64, cut(64, 64), 4, 2)
-    # 16 rows, since what is done to x costs by the row. On an H200 near the best that was found for each weight; others
-    # are assumed to be alike. Within the 99 KiB of shared memory of sm_86, sm_89, sm_120.
+    # 16 rows, since what is done to x costs by the row. On an H200 within a fifth of the best, where it was tried
+    # (profiling/results/h200/tiles.jsonl); other GPUs are assumed to be alike. Within 99 KiB of shared memory.
     swapped = arch == "sm_90" and not quantized
     return LinearTiles(16, 64, 64, cut(64, 64, per_multiprocessor=2, least=4), 4, 5, swapped=swapped)
 
@@ -114,7 +114,7 @@ def prefill_tiles(arch: str, dtype: torch.dtype, quantized: bool = False) -> Lin
         return _quantized_float32_tiles(arch, 1) if quantized else LinearTiles(32, 64, 32, 1, 8, 3, all_registers=True)
     if arch.startswith("gfx"):  # 8 waves would load less than 16 bytes a thread of 64 outputs
         return LinearTiles(128, 128, 32, 1, 4, 2)
-    return LinearTiles(128, 128, 64, 1, 8, 3, all_registers=True)
+    return LinearTiles(128, 128, 32 if quantized else 64, 1, 8, 3, all_registers=True)
 
 
 def attention_tiles(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionTiles:
@@ -122,7 +122,7 @@ def attention_tiles(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionTi
     if arch == "interpreter":
         return AttentionTiles(parts=2, tail_rows=16, tail_step=16)
     scarce = (head_dim // 64) * (8 if dtype == torch.float32 else 1)
-    return AttentionTiles(window=max(16, 128 // scarce), tail_step=64 * 64 // head_dim)
+    return AttentionTiles(window=max(16, 128 // scarce), tail_step=64 * 64 // head_dim, all_registers=scarce > 1)
 
 
 def prefill_attention_tiles(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -4,13 +4,16 @@
 
 prologue: nothing or layer norm; epilogue: bias, GELU, residual, scatter of keys and values into the paged cache, or the
 maximum of each tile of the vocabulary. With one row a pass reads M * K weights and next to nothing else, so it is bound
-by memory, and up to about 100 rows the product costs nothing on top. A layer norm finds its moments left behind by the
-layer that wrote the rows (``kernels.gpu.moments``); one with a residual leaves those of its own rows.
+by memory, and so it is with a block of rows; more blocks find their weights in the L2 cache. A layer norm finds its
+moments left behind by the layer that wrote the rows (``kernels.gpu.moments``); one with a residual leaves those of its
+own rows.
 
 One binary serves every N (``num_rows`` is never specialised on): the row tile is padded, the loop over K is serial, and
 where M alone would leave multiprocessors idle, K is cut into a fixed number of splits. Each split leaves its sum in
 memory; the last one to arrive adds them in index order, so the sum does not depend on who was last. Which rows of the
-tile are alive changes no bit of the others: a row of a matrix product is computed from its own row of x.
+tile are alive changes no bit of the others: a row of a matrix product is computed from its own row of x. With few rows
+the weights may be the left operand (``swapped``): a warp group multiplies at least 64 rows of that one, and reads both
+from shared memory.
 """
 
 from dataclasses import replace
