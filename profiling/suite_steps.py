@@ -63,7 +63,7 @@ def plan(flags: argparse.Namespace) -> list[Step]:
     if flags.mini:
         steps = [_tests(flags, "tests", 0.4, "tests/test_rows_of_a_pass.py")]
     else:
-        steps = [_tests(flags, "tests-kernels", 0.25, *KERNELS, "-m", "gpu", *parallel())]
+        steps = [_tests(flags, "tests-kernels", 0.22, *KERNELS, "-m", "gpu", *parallel())]
         steps.append(_tests(flags, "tests-captured", 0.1, *CAPTURED, *parallel()))
     own = BUNDLED  # what is measured where no models are given
     own_first = not flags.oracle and not flags.mini
