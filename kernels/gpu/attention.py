@@ -18,7 +18,7 @@ import triton.language as tl
 from kernels.gpu.arrival import arrive
 from kernels.gpu.config import AttentionTiles, attention_tiles
 from kernels.gpu.early import wait_for_previous
-from kernels.gpu.launch import architecture, arrivals, is_amd, launch
+from kernels.gpu.launch import architecture, arrivals, cdiv, is_amd, launch
 from kernels.gpu.route import Route
 from kernels.layout import DEPTH_LIMIT, TAIL_ALIGNMENT, TAIL_LANES
 
@@ -264,7 +264,7 @@ def tree_attention(
     """Launch tree attention into ``out``; arguments checked by ``kernels.gpu.forward.tree_attention``."""
     num_rows, num_heads, dim = q.shape
     tiles = tiles or attention_tiles(architecture(q.device), dim, q.dtype)
-    blocks, parts = triton.cdiv(num_rows, tiles.rows), tiles.parts
+    blocks, parts = cdiv(num_rows, tiles.rows), tiles.parts
     scratch = {"dtype": torch.float32, "device": q.device}
     launch(
         _tree_attention_kernel,

@@ -62,6 +62,7 @@ def key(num_outputs: int, depth: int, dtype: torch.dtype) -> str:
     return f"{num_outputs}x{depth} {str(dtype).removeprefix('torch.')}"
 
 
+@functools.cache
 def default_linear_tiles(
     arch: str, num_outputs: int, depth: int, dtype: torch.dtype, quantized: bool = False
 ) -> LinearTiles:

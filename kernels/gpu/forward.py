@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import torch
-import triton
 
 from kernels.gpu import attention
 from kernels.gpu.config import linear_tiles
-from kernels.gpu.launch import FLOATS, architecture, require
+from kernels.gpu.launch import FLOATS, architecture, cdiv, require
 from kernels.gpu.linear import linear
 from kernels.gpu.prefill import prefill_attention
 from kernels.gpu.route import Route
@@ -111,11 +110,11 @@ def lm_head(
     vocab_size, depth = weight.shape
     tiles = linear_tiles(architecture(x.device), vocab_size, depth, x.dtype, isinstance(weight, Quantized))
     tiles = replace(tiles, outputs=VOCAB_TILE)
-    padded = triton.cdiv(vocab_size, VOCAB_TILE) * VOCAB_TILE  # rows start at multiples of 16 bytes
+    padded = cdiv(vocab_size, VOCAB_TILE) * VOCAB_TILE  # rows start at multiples of 16 bytes
     out = x.new_empty(len(x), padded)[:, :vocab_size]
     return linear(x, weight, out, norm=(norm_weight, norm_bias, eps), tile_maxima=tile_maxima, tiles=tiles)
 
 
 def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> torch.Tensor:
     """What ``lm_head`` is to fill for ``draw``: float32 [N, cdiv(V, VOCAB_TILE)]."""
-    return torch.empty(num_rows, triton.cdiv(vocab_size, VOCAB_TILE), dtype=torch.float32, device=device)
+    return torch.empty(num_rows, cdiv(vocab_size, VOCAB_TILE), dtype=torch.float32, device=device)

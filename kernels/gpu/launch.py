@@ -54,6 +54,11 @@ def architecture(device: torch.device) -> str:
     """Which row of the tile tables a device reads: "sm_90", "gfx942", "interpreter" on a CPU, or what is recorded."""
     if (recording := _recording.get()) is not None:
         return recording.arch
+    return _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -132,6 +137,8 @@ def require(
 ) -> None:
     """Raise ValueError unless ``tensor`` is contiguous, aligned, and of this shape (None = any), dtype and device."""
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype in dtypes and tensor.device == device and _fits(tensor, shape):
+        return
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be of {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.device != device:
@@ -145,6 +152,27 @@ def require(
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}")
     if tensor.device.type != "meta" and tensor.data_ptr() % ALIGNMENT:
         raise ValueError(f"{name} must be aligned to {ALIGNMENT} bytes, got address {tensor.data_ptr():#x}")
+
+
+def _fits(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
+    """What ``require`` asks of the shape and the memory, in one look: it is asked ten times a launch."""
+    sizes = tensor.shape
+    if len(sizes) != len(shape) or not tensor.is_contiguous():
+        return False
+    for want, size in zip(shape, sizes):  # noqa: B905
+        if size != want if want is not None else size == 0:
+            return False
+    return tensor.device.type == "meta" or tensor.data_ptr() % ALIGNMENT == 0
+
+
+def cdiv(count: int, size: int) -> int:
+    """How many parts of ``size`` hold ``count``; Triton's own is a function of its language, and slow on the host."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The least power of two that is not below ``count``, which is at least 1."""
+    return 1 << (count - 1).bit_length()
 
 
 def arrivals(count: int, device: torch.device) -> torch.Tensor:

@@ -25,7 +25,7 @@ import triton.language as tl
 from kernels.gpu.arrival import arrive
 from kernels.gpu.config import LinearTiles, linear_tiles, prefill_tiles
 from kernels.gpu.early import prefetch_rows, starts_early, wait_for_previous
-from kernels.gpu.launch import FLOATS, architecture, arrivals, is_amd, launch, require
+from kernels.gpu.launch import FLOATS, architecture, arrivals, cdiv, is_amd, launch, next_power_of_2, require
 from kernels.gpu.moments import load_moments, row_moments, store_moments
 from kernels.layout import MAX_ROWS, MOMENT_PART, VOCAB_TILE, Quantized
 
@@ -263,7 +263,7 @@ def linear(
         require("norm_weight", norm_weight, (depth,), dtype, device)
         require("norm_bias", norm_bias, (depth,), dtype, device)
     if moments is not None:
-        require("moments", moments, (num_rows, 2, triton.cdiv(depth, MOMENT_PART)), torch.float32, device)
+        require("moments", moments, (num_rows, 2, cdiv(depth, MOMENT_PART)), torch.float32, device)
     if residual is not None:
         require("residual", residual, (num_rows, num_outputs), dtype, device)
     if activation not in _ACTIVATIONS:
@@ -286,15 +286,15 @@ def linear(
     if tile_maxima is not None:
         if tiles.outputs != VOCAB_TILE:
             raise ValueError(f"tile_maxima need tiles of {VOCAB_TILE} outputs, got {tiles.outputs}")
-        require("tile_maxima", tile_maxima, (num_rows, triton.cdiv(num_outputs, VOCAB_TILE)), torch.float32, device)
+        require("tile_maxima", tile_maxima, (num_rows, cdiv(num_outputs, VOCAB_TILE)), torch.float32, device)
     if out_moments is not None:
         if tiles.outputs % MOMENT_PART:
             raise ValueError(f"moments need tiles of a multiple of {MOMENT_PART} outputs, got {tiles.outputs}")
-        require("moments", out_moments, (num_rows, 2, triton.cdiv(num_outputs, MOMENT_PART)), torch.float32, device)
+        require("moments", out_moments, (num_rows, 2, cdiv(num_outputs, MOMENT_PART)), torch.float32, device)
     if norm is not None and moments is None:
         moments = row_moments(x)
     k_cache, v_cache, slots = scatter or (None, None, None)
-    grid = (triton.cdiv(num_rows, tiles.rows), triton.cdiv(num_outputs, tiles.outputs), tiles.splits)
+    grid = (cdiv(num_rows, tiles.rows), cdiv(num_outputs, tiles.outputs), tiles.splits)
     partial = counters = None
     if tiles.splits > 1:
         partial = torch.empty(tiles.splits, num_rows, num_outputs, dtype=torch.float32, device=device)
@@ -328,7 +328,7 @@ def linear(
             "EPS": eps,
             "ACTIVATION": _ACTIVATIONS[activation],
             "PART": MOMENT_PART,
-            "BLOCK_PARTS": triton.next_power_of_2(triton.cdiv(depth, MOMENT_PART)),
+            "BLOCK_PARTS": next_power_of_2(cdiv(depth, MOMENT_PART)),
             "AMD": is_amd(),
             "BLOCK_ROWS": tiles.rows,
             "BLOCK_OUT": tiles.outputs,

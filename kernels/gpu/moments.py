@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.early import wait_for_previous
-from kernels.gpu.launch import FLOATS, launch, require
+from kernels.gpu.launch import FLOATS, cdiv, launch, next_power_of_2, require
 from kernels.layout import MOMENT_PART
 
 
 def new_moments(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     """What ``embed`` and ``linear_residual`` are to fill for the next layer norm: float32 [N, 2, P], uninitialised."""
-    return torch.empty(num_rows, 2, triton.cdiv(width, MOMENT_PART), dtype=torch.float32, device=device)
+    return torch.empty(num_rows, 2, cdiv(width, MOMENT_PART), dtype=torch.float32, device=device)
 
 
 @triton.jit
@@ -99,5 +99,5 @@ def row_moments(x: torch.Tensor) -> torch.Tensor:
 
 def constants(width: int) -> dict[str, int]:
     """The kernels' constants for rows of ``width``, a program that holds a whole row."""
-    parts = triton.cdiv(width, MOMENT_PART)
-    return {"WIDTH": width, "PARTS": parts, "PART": MOMENT_PART, "BLOCK": MOMENT_PART * triton.next_power_of_2(parts)}
+    parts = cdiv(width, MOMENT_PART)
+    return {"WIDTH": width, "PARTS": parts, "PART": MOMENT_PART, "BLOCK": MOMENT_PART * next_power_of_2(parts)}

@@ -12,7 +12,7 @@ import triton.language as tl
 from kernels.gpu.attention import LOG2E, load_queries, over_windows
 from kernels.gpu.config import prefill_attention_tiles
 from kernels.gpu.early import wait_for_previous
-from kernels.gpu.launch import launch
+from kernels.gpu.launch import cdiv, launch
 from kernels.gpu.route import Route
 
 
@@ -77,7 +77,7 @@ def prefill_attention(
     rows, window = prefill_attention_tiles(dim, q.dtype)
     launch(
         _prefill_attention_kernel,
-        (triton.cdiv(num_rows, rows), num_heads),
+        (cdiv(num_rows, rows), num_heads),
         {
             "q_ptr": q,
             "k_cache_ptr": k_cache,
