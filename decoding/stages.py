@@ -123,13 +123,16 @@ class KatzStage(_Counters):
         self.recent = ops.new_recent(self.num_recent, self.recent_width, self.vocab_size, table.tokens.device)
         self.in_use = threading.Lock()
         self._row_bytes = table.tokens.shape[1] * 8 + 16
-        self.begin([], 0, None)
+        self._forget()
 
     @property
     def memory(self) -> tuple:
         return self.table, self.recent
 
-    def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill | None) -> None:
+    def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._reset_counters()
         self.recent.keys.fill_(-1)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BRIEF = 25.0  # minutes; in less, models of GPT-2 Large's size are not worth training, and bundled ones are grown
-KERNELS = ("tests/test_gpu_kernels.py", "tests/test_gpu_loop.py")  # every kernel, and whole generations
+# Every kernel, and whole generations.
+KERNELS = ("tests/test_gpu_kernels.py", "tests/test_gpu_tiles.py", "tests/test_gpu_loop.py")
 # A CPU has seen captured iterations only with a stand-in for the graph: here all tests of these count.
 CAPTURED = ("tests/test_gpu_capture.py", "tests/test_gpu_no_host_reads.py")
 USUAL_PEERS = ("hf-generate", "hf-assisted", "hf-prompt-lookup")

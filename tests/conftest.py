@@ -3,7 +3,7 @@
 import importlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +48,16 @@ def prompts_dir(request: pytest.FixtureRequest) -> Path:
 def hostile_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch memory full of NaN and -1."""
     poison_scratch(monkeypatch)
+
+
+@pytest.fixture
+def counters_at_zero(hostile_scratch) -> Iterator[None]:
+    """Hostile scratch, and arrival counters that the test leaves at zero."""
+    yield
+    counters = importlib.import_module("kernels.gpu.launch").arrivals(
+        1, torch.zeros(0, device=interpreter.DEVICE).device
+    )
+    assert not counters.any(), "an arrival counter was left behind"
 
 
 @pytest.fixture(params=["reference", "gpu"], ids=["torch", "triton"])

@@ -7,6 +7,7 @@ is its torch twin on the same inputs in float64 (``in_float64``), so tolerances 
 import functools
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from kernels.reference import path_slots
 from model.gpt2 import Query
 from model.kv_cache import PagedKVCache
 from tests.helpers import Branch, Tolerance, assert_close, joined, new_slots, permuted, poison, random_tree, tree_query
-from tests.interpreter import DEVICE, INTERPRETING
+from tests.interpreter import DEVICE, INTERPRETING, reversed_programs
 
 EPS = 1e-5
 # Triton's interpreter computes bfloat16 wrongly; float16 covers half precision there.
@@ -312,3 +313,17 @@ PASSES = {
 def inputs(of: str, dtype: torch.dtype) -> Inputs:
     torch.manual_seed(0)
     return PASSES[of](dtype)
+
+
+@functools.cache
+def expected(op: str, of: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return run(reference, op, in_float64(inputs(of, dtype)))
+
+
+def another_order() -> AbstractContextManager:
+    """Programs last to first in the interpreter; on a GPU they come as they come."""
+    return reversed_programs() if INTERPRETING else nullcontext()
+
+
+def normal(*size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(size).to(DEVICE, dtype)

@@ -11,7 +11,7 @@ from decoding import StagedDecoder, cli
 from decoding.config import SpeculationConfig, chain, default_speculation
 from decoding.plan import Plan
 from decoding.planner import improve, neighbours, ratio
-from kernels import reference
+from kernels import gpu, reference
 from kernels.reference import linear
 from tests.helpers import hf_model
 
@@ -30,6 +30,8 @@ def test_default_trees_fill_the_rows_that_a_pass_takes_cheaply(monkeypatch):
     monkeypatch.setattr(reference, "cheap_rows", lambda device, dtype: 16)
     assert decoder.plan("staged") == STAGED
     assert reference.cheap_rows(torch.device("cuda"), torch.float32) == 16
+    monkeypatch.setattr(reference, "DRAFT_ROUNDS", 3)
+    assert decoder.plan("staged").rounds == (2, 3) and gpu.DRAFT_ROUNDS == 2
 
 
 def test_rows_are_cheap_where_matrices_are_native(monkeypatch):

@@ -104,12 +104,13 @@ def launch(
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if all_registers and not is_amd():
         options["maxnreg"] = MAX_REGISTERS
-    if _early.get() and can_start_early(architecture(_device(arguments))):
+    device = _device(arguments)
+    if _early.get() and can_start_early(architecture(device)):
         options["launch_pdl"] = True
     if (recording := _recording.get()) is not None:
         recording.launches.append(Launch(kernel, grid, arguments, constants, options))
     else:
-        with on_device(_device(arguments)):
+        with on_device(device):
             kernel[grid](**arguments, **constants, **options)
 
 
@@ -137,32 +138,24 @@ def require(
 ) -> None:
     """Raise ValueError unless ``tensor`` is contiguous, aligned, and of this shape (None = any), dtype and device."""
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    if tensor.dtype in dtypes and tensor.device == device and _fits(tensor, shape):
-        return
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be of {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-    if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape)):  # noqa: B905
+    sizes = tensor.shape
+    if len(sizes) != len(shape) or any(map(_differs, shape, sizes)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
-    if any(want is None and got == 0 for want, got in zip(shape, tensor.shape)):  # noqa: B905
-        raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(sizes)}")
+    if 0 in sizes and any(want is None and got == 0 for want, got in zip(shape, sizes)):  # noqa: B905
+        raise ValueError(f"{name} must not be empty, got shape {list(sizes)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}")
     if tensor.device.type != "meta" and tensor.data_ptr() % ALIGNMENT:
         raise ValueError(f"{name} must be aligned to {ALIGNMENT} bytes, got address {tensor.data_ptr():#x}")
 
 
-def _fits(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
-    """What ``require`` asks of the shape and the memory, in one look: it is asked ten times a launch."""
-    sizes = tensor.shape
-    if len(sizes) != len(shape) or not tensor.is_contiguous():
-        return False
-    for want, size in zip(shape, sizes):  # noqa: B905
-        if size != want if want is not None else size == 0:
-            return False
-    return tensor.device.type == "meta" or tensor.data_ptr() % ALIGNMENT == 0
+def _differs(want: int | None, size: int) -> bool:
+    return want is not None and want != size
 
 
 def cdiv(count: int, size: int) -> int:
