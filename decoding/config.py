@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels.layout import DEPTH_LIMIT, MAX_CHILDREN, Sampling
+from kernels.layout import DEPTH_LIMIT, MAX_CHILDREN, ROW_BLOCK, Sampling
 from kernels.reference import new_seed
 
 MAX_WIDTH = 1024  # nodes that one launch selects, and rounds
@@ -91,18 +91,22 @@ class SpeculationConfig:
             added += calls * width * children
         return -(-(2 * added + self.budget + 1) // 16) * 16  # rows of slots start at multiples of 16 bytes
 
-    def spare_rows(self, index: int) -> int:
-        """Most rows of a pass of stage ``index`` beside those of the nodes it scores: ancestors that it has not run.
+    def room(self, index: int, num_nodes: int, num_head: int) -> int:
+        """Rows for nodes in a pass of stage ``index`` that scores ``num_nodes`` of them below ``num_head`` committed
+        tokens: the nodes themselves, and ancestors of theirs that the stage has not run.
 
         The unscored ancestors of a selected node are selected with it, so the others have been scored by this stage,
-        whose cache has them then, or by one between it and the oracle; the topmost needs no such row. And a node to
+        whose cache has them then, or by one between it and the oracle, or from what the oracle drew before. A node to
         score is at most at depth ``max_depth`` - 1, so its path has at most ``max_depth`` - 2 nodes between the root
-        and itself. One row less for the oracle, stage ``len(stages)``, which always scores the root, the last of the
-        committed tokens: 16 nodes take 16 rows and fill one block of a product.
+        and itself. The topmost stage has no other above it; what a table answers in its place finds room where a block
+        of ROW_BLOCK rows has some left. One row less for the oracle, stage ``len(stages)``, which always scores the
+        root, the last of the committed tokens: 16 nodes take 16 rows and fill one block.
         """
-        if index >= len(self.stages) - 1:
-            return -1 if index == len(self.stages) and self.budget else 0
-        return min(self.capacity, self.widths[index] * max(0, self.max_depth - 2))
+        if index == len(self.stages):
+            return max(0, num_nodes - 1) if self.budget else num_nodes
+        if index < len(self.stages) - 1:
+            return num_nodes + min(self.capacity, self.widths[index] * max(0, self.max_depth - 2))
+        return num_nodes + (-(num_head + num_nodes) % ROW_BLOCK if index else 0)
 
 
 def chain(num_tokens: int, stage: str = "draft") -> SpeculationConfig:

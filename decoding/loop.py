@@ -65,10 +65,15 @@ class Generation:
         for stage in self.lower:
             stage.begin_iteration(num_head=self.config.max_depth + 1)
         self.oracle.begin_iteration(num_head=1)
-        self._propose(len(self.lower) - 1)
         oracle = len(self.lower)
+        self._propose(oracle - 1)
+        if oracle > 1 and self.lower[0].remembers:
+            self._propose(0)  # below what the drafts have ranked last
         rows = self.ops.select_nodes(tree, oracle, self.config.budget + 1, progress.reach[oracle])
-        verdict = self.oracle.score(self.state, oracle, rows, self.sampling, 0, 1.0)
+        told = max((stage.remembers for stage in self.lower), default=0)
+        verdict = self.oracle.score(self.state, oracle, rows, self.sampling, told, 1.0)
+        for below in self.lower:
+            below.learn(self.state, verdict, level=oracle - 1)
         self.ops.verify_and_commit(tree, verdict.nodes, verdict.tokens, progress, chain)
 
     def _propose(self, index: int) -> None:
@@ -82,9 +87,10 @@ class Generation:
             nodes = self.ops.select_nodes(tree, index, config.widths[index], progress.reach[index])
             verdict = stage.score(self.state, index, nodes, self.lower_sampling, config.children[index], config.tau)
             for below in self.lower[:index]:
-                below.learn(self.state, verdict)
+                below.learn(self.state, verdict, level=index - 1)
             self.ops.insert_children(
-                tree, index, verdict.nodes, verdict.children, verdict.scores, progress.reach[len(self.lower)]
+                *(tree, index, verdict.nodes, verdict.children, verdict.scores),
+                *(progress.reach[len(self.lower)], verdict.levels),
             )
 
     def step(self) -> list[int]:

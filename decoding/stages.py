@@ -7,6 +7,7 @@ that stay where the operations run; nothing here reads one.
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -35,6 +36,7 @@ class Scored(NamedTuple):
     children: torch.Tensor  # int32 [W, m], best first
     scores: torch.Tensor  # float32 [W, m], their edge scores, -inf = no child
     log_probs: torch.Tensor | None  # float32 [W, m], the same without noise and tau, for the stages below; None = none
+    levels: torch.Tensor | None = None  # int32 [W], stages whose scoring this replaces, too, or 0
 
 
 class Lease(NamedTuple):
@@ -60,6 +62,7 @@ class Stage(Protocol):
     bytes_moved: int  # weights, K/V and table rows of these passes, by arithmetic
     memory: tuple  # what passes read and write beside the shared state; all of it outlives a generation
     in_use: threading.Lock  # held by the one generation that may use the stage
+    remembers: int  # children of a node that it takes note of when a stage above draws
 
     def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> Lease | None:
         """Forget the last generation and read the prompt; None from a stage without a cache."""
@@ -72,8 +75,8 @@ class Stage(Protocol):
     ) -> Scored:
         """One pass as stage ``index`` of the chain; nodes that found no room are left out of the result."""
 
-    def learn(self, state: State, verdict: Scored) -> None:
-        """Take note of what a stage above has just drawn."""
+    def learn(self, state: State, verdict: Scored, level: int) -> None:
+        """Take note of what the stage above stage ``level`` has just drawn."""
 
     def take_work(self) -> Work:
         """What was asked of this stage since the last call; it is not counted yet."""
@@ -112,15 +115,18 @@ class _Counters:
 
 
 class KatzStage(_Counters):
-    """draft²: a look-up per node, in what the stage above drew after the same two tokens or else in a baked table."""
+    """draft²: a look-up per node, in what a stage above drew after the same two tokens or else in a baked table.
+
+    What the oracle drew it takes for as good as what the stage below the oracle would say, which is not asked then.
+    """
 
     context = 2**30
-    num_recent, recent_width = 2**14, 8  # 1.2 MB
+    num_recent, remembers = 2**14, 8  # 1.3 MB
 
     def __init__(self, name: str, table: SuccessorTable, ops: ModuleType):
         self.name, self.table, self.ops = name, table, ops
         self.vocab_size, self.device = table.vocab_size, table.tokens.device
-        self.recent = ops.new_recent(self.num_recent, self.recent_width, self.vocab_size, table.tokens.device)
+        self.recent = ops.new_recent(self.num_recent, self.remembers, self.vocab_size, table.tokens.device)
         self.in_use = threading.Lock()
         self._row_bytes = table.tokens.shape[1] * 8 + 16
         self._forget()
@@ -141,19 +147,19 @@ class KatzStage(_Counters):
 
     def score(self, state, index, nodes, sampling, num_children, tau):
         start = time.perf_counter()
-        children, scores = self.ops.lookup_nodes(
+        children, scores, levels = self.ops.lookup_nodes(
             self.table, state.tree, nodes, state.progress, sampling, num_children, tau, self.recent
         )
         self._add_work(1, len(nodes), start)
-        return Scored(nodes, children[:, 0], children, scores, None)
+        return Scored(nodes, children[:, 0], children, scores, None, levels)
 
-    def learn(self, state, verdict):
+    def learn(self, state, verdict, level):
         if verdict.log_probs is not None:
             start = time.perf_counter()
             tree, progress, _ = state
             columns = (verdict.nodes, verdict.children, verdict.log_probs)
             for nodes, *drawn in zip(*(column.split(MAX_ROWS) for column in columns), strict=True):  # in their order
-                self.ops.learn(self.recent, tree, nodes, progress, *drawn)
+                self.ops.learn(self.recent, tree, nodes, progress, *drawn, level)
             self._add_work(0, 0, start)
 
     def end(self) -> None:
@@ -166,6 +172,8 @@ class GPT2Stage(_Counters):
     The cache is a prefix of the committed text. Committed tokens it has not seen go at the head of the next pass. A
     node's K/V stays until the node is dropped, so a subtree that survives an iteration is not computed again.
     """
+
+    remembers = 0
 
     def __init__(self, name: str, model: GPT2):
         self.name, self.model = name, model
@@ -197,9 +205,9 @@ class GPT2Stage(_Counters):
         self.cache.append(self.context - cached_len)
         return Lease(self.cache.slots(0, self.context), self.cache.reserve(tree_capacity), cached_len)
 
-    def attach(self, cache_index: int, num_spare: int) -> None:
-        """This stage's row of the chain, and how many rows more than nodes a pass may need: ``spare_rows``."""
-        self._cache_index, self._num_spare = cache_index, num_spare
+    def attach(self, cache_index: int, room: Callable[[int, int], int]) -> None:
+        """This stage's row of the chain, and how many rows a pass has for nodes: ``SpeculationConfig.room``."""
+        self._cache_index, self._room = cache_index, room
 
     def begin_iteration(self, num_head: int) -> None:
         self._num_head = num_head
@@ -209,7 +217,7 @@ class GPT2Stage(_Counters):
         tree, progress, chain = state
         model, ops = self.model, self.model.ops
         reach = progress.reach[index]
-        room = max(0, len(nodes) + self._num_spare)
+        room = self._room(len(nodes), self._num_head)
         rows = ops.stage_rows(tree, nodes, progress, chain, self._cache_index, reach, self._num_head, room)
         self._num_head = 0
         if len(rows.tokens) == 0:
@@ -241,7 +249,7 @@ class GPT2Stage(_Counters):
             parts.append(self.model.forward(Query(*part, node_slots), self.cache, page_table, committed))
         return parts[0] if len(parts) == 1 else torch.cat(parts), len(parts)
 
-    def learn(self, state, verdict):
+    def learn(self, state, verdict, level):
         pass
 
     def end(self) -> None:
@@ -256,7 +264,7 @@ def begin_all(
     for index, stage in enumerate(stages):
         lease = stage.begin(prompt, config.capacity, prefill)
         if lease is not None:
-            stage.attach(len(leases), config.spare_rows(index))
+            stage.attach(len(leases), partial(config.room, index))
             leases.append(lease)
     device = ops.state_device(stages[-1].model.device)
     tables, slots, lengths = zip(*leases, strict=True)

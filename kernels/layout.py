@@ -79,7 +79,7 @@ class Tree(NamedTuple):
     edge_scores: torch.Tensor  # float32 [M]
     path_scores: torch.Tensor  # float32 [M]
     sources: torch.Tensor  # int32 [M]
-    scored: torch.Tensor  # int32 [M], the highest stage that has scored the node's children, -1 for none
+    scored: torch.Tensor  # int32 [M], the highest stage that has scored the node, or whose scoring was replaced, or -1
     paths: torch.Tensor  # int32 [M, DEPTH_LIMIT + 1]
     num_nodes: torch.Tensor  # int32 [1]
     failed: torch.Tensor  # int32 [1], 1 + the stage that gave NaN, 0 = none
@@ -155,15 +155,18 @@ class SuccessorTable(NamedTuple):
 
 
 class RecentTable(NamedTuple):
-    """What a higher stage drew in this generation after contexts of two tokens; a newer row replaces an older one.
+    """What higher stages drew in this generation after contexts of two tokens; a newer row replaces an older one.
 
-    One bucket a context, ``hash_context`` of its key; log-probabilities are those at the generation's temperature.
+    One bucket a context, ``hash_context`` of its key; log-probabilities are those at the generation's temperature. The
+    level of a row is the stage whose scoring it replaces, the one below the stage that drew it; of two rows for one
+    context the one of the higher level stays.
     """
 
     keys: torch.Tensor  # int64 [buckets], a power of two; previous * vocab_size + last, -1 empty
     tokens: torch.Tensor  # int32 [buckets, m]
     log_probs: torch.Tensor  # float32 [buckets, m], -inf padding
     log_rest: torch.Tensor  # float32 [buckets]
+    levels: torch.Tensor  # int32 [buckets]
     vocab_size: int
 
 

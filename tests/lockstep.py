@@ -176,7 +176,7 @@ class Lockstep:
 
     def look_up(self, width: int, num_children: int) -> None:
         nodes = self.select(0, width)
-        (children, scores), (given, given_scores) = (
+        (children, scores, levels), (given, given_scores, given_levels) = (
             ops.lookup_nodes(table, state.tree, part, state.progress, self.sampling, num_children, TAU, recent)
             for ops, table, state, part, recent in (
                 (reference, self.table[0], self.host, nodes, self.recent[0]),
@@ -189,7 +189,9 @@ class Lockstep:
         assert torch.equal(given_scores[:count] > -math.inf, finite)
         assert torch.equal(given[:count][finite], children[finite])
         assert _near(given_scores[:count], scores)
-        self.insert(0, nodes, children, scores, width)
+        assert given_levels.tolist() == levels.tolist() + [0] * (width - count)
+        self.note(in_place_of_a_draft=bool((levels > 0).any()))
+        self.insert(0, nodes, children, scores, width, levels)
 
     def score(self, stage: int, width: int, num_children: int) -> None:
         """A draft's pass with dice for logits: ties, filtered children and, in dead rows, NaN."""
@@ -205,21 +207,23 @@ class Lockstep:
         self.insert(stage, nodes, children, scores, width)
 
     def learn(self, nodes: torch.Tensor, children: torch.Tensor, log_probs: torch.Tensor, width: int) -> None:
-        reference.learn(self.recent[0], self.host.tree, nodes, self.host.progress, children, log_probs)
+        level = int(self.rng.integers(self.oracle))
+        reference.learn(self.recent[0], self.host.tree, nodes, self.host.progress, children, log_probs, level)
         on_device = padded(nodes, width, -1), padded(children, width, 0), padded(log_probs, width, -0.5)
         given_nodes, given_children, given_log_probs = on_device
         tree, progress, _ = self.device
-        gpu.learn(self.recent[1], tree, given_nodes, progress, given_children, given_log_probs)
+        gpu.learn(self.recent[1], tree, given_nodes, progress, given_children, given_log_probs, level)
         host, device = self.recent
         assert_equal(device._replace(log_rest=host.log_rest), host)
         assert _near(device.log_rest.exp().cpu(), host.log_rest.exp())
         device.log_rest.copy_(host.log_rest)  # of a small rest only the first digits agree
 
-    def insert(self, stage: int, nodes: torch.Tensor, children: torch.Tensor, scores: torch.Tensor, width: int) -> None:
+    def insert(self, stage: int, nodes, children, scores, width: int, levels: torch.Tensor | None = None) -> None:
         reach = [state.progress.reach[self.oracle] for state in (self.host, self.device)]
-        reference.insert_children(self.host.tree, stage, nodes, children, scores, reach[0])
+        reference.insert_children(self.host.tree, stage, nodes, children, scores, reach[0], levels)
         on_device = padded(nodes, width, -1), padded(children, width, 0), padded(scores, width, math.nan)
-        gpu.insert_children(self.device.tree, stage, *on_device, reach[1])
+        given_levels = None if levels is None else padded(levels, width, 0)
+        gpu.insert_children(self.device.tree, stage, *on_device, reach[1], given_levels)
         self.check()
         tree = self.host.tree
         self.note(

@@ -26,10 +26,10 @@ def arguments(op: str) -> dict:
         "children": torch.zeros(2, 3, dtype=torch.int32, device=DEVICE),
         "scores": torch.zeros(2, 3, device=DEVICE),
     }
-    given |= {"recent": gpu.new_recent(16, 3, VOCAB, DEVICE), "log_probs": given["scores"]}
+    given |= {"recent": gpu.new_recent(16, 3, VOCAB, DEVICE), "log_probs": given["scores"], "levels": nodes.clone()}
     names = {
         "select_nodes": "tree stage width max_depth",
-        "insert_children": "tree stage nodes children scores max_depth",
+        "insert_children": "tree stage nodes children scores max_depth levels",
         "stage_rows": "tree nodes progress chain cache reach num_head num_rows",
         "verify_and_commit": "tree rows drawn progress chain",
         "lookup_nodes": "table tree nodes progress sampling num_children tau recent",
@@ -49,7 +49,7 @@ TENSORS = [
     ("lookup_nodes", "tree.paths", "paths"),
     ("learn", "tree.depths", "depths"),
     ("select_nodes", "max_depth", "max_depth"),
-    *(("insert_children", name, name) for name in ("nodes", "children", "scores", "max_depth")),
+    *(("insert_children", name, name) for name in ("nodes", "children", "scores", "max_depth", "levels")),
     *(("stage_rows", name, name) for name in ("nodes", "reach")),
     ("stage_rows", "chain.page_tables", "page_tables"),
     ("stage_rows", "chain.node_slots", "node_slots"),
@@ -59,7 +59,7 @@ TENSORS = [
     ("lookup_nodes", "nodes", "nodes"),
     ("lookup_nodes", "sampling.seed", "seed"),
     *(("lookup_nodes", f"table.{name}", name) for name in ("keys", "rows", "tokens", "log_probs", "log_rest")),
-    *(("lookup_nodes", f"recent.{name}", "recent") for name in ("keys", "tokens", "log_probs", "log_rest")),
+    *(("lookup_nodes", f"recent.{name}", "recent") for name in ("keys", "tokens", "log_probs", "log_rest", "levels")),
     *(("learn", name, name) for name in ("nodes", "children", "log_probs")),
     *(("learn", f"recent.{name}", "recent") for name in ("keys", "tokens", "log_probs", "log_rest")),
 ]

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("hostile_scratch")
 
 EVENTS = {
     "full": {"full", "dropped", "rejected", "length", "nothing_accepted", "ties", "tied_out"},
-    "contexts": {"out_of_reach", "length", "kept_subtree", "caught_up", "merged"},
+    "contexts": {"out_of_reach", "length", "kept_subtree", "caught_up", "merged", "in_place_of_a_draft"},
     "eos": {"eos", "accepted", "spare_ancestor", "merged"},
     "two-eos": {"eos"},
     "four-caches": {"spare_ancestor", "dropped", "kept_cached", "accepted", "ties", "rejected", "out_of_reach"},

@@ -56,7 +56,7 @@ def test_contexts(text, node, row, table, ops):
     insert(tree, 0, 1, {2: -1.0})
     tree, progress = moved(tree, ops), moved(reference.new_progress(text, 30, 8, [99, 99], ()), ops)
     padding = [-1] if ops is gpu else []
-    children, scores = ops.lookup_nodes(table, tree, int32(node, *padding, ops=ops), progress, GREEDY, 2, 1.0)
+    children, scores, _ = ops.lookup_nodes(table, tree, int32(node, *padding, ops=ops), progress, GREEDY, 2, 1.0)
     assert children[0].tolist() == table.tokens[row].tolist()
     torch.testing.assert_close(scores[0].cpu(), torch.tensor([0.5, 0.25]).log(), atol=1e-6, rtol=0)
     assert all(score == -math.inf for score in scores[1:].flatten().tolist())
@@ -72,7 +72,7 @@ def test_probes(distance, table, ops):
     tree, progress = (
         moved(part, ops) for part in (reference.new_tree(16, root=2), reference.new_progress([1, 2], 30, 8, [9], ()))
     )
-    children, _ = ops.lookup_nodes(table, tree, int32(0, ops=ops), progress, GREEDY, 2, 1.0)
+    children, *_ = ops.lookup_nodes(table, tree, int32(0, ops=ops), progress, GREEDY, 2, 1.0)
     assert children[0].tolist() == [0, 3]
 
 
@@ -83,17 +83,17 @@ def root_of(text: list[int], ops) -> tuple:
     return moved(tree, ops), moved(reference.new_progress(text, 30, 8, [99, 99], ()), ops)
 
 
-def remember(recent, text: list[int], nodes: list[int], children: list, probabilities: list, ops) -> None:
+def remember(recent, text: list[int], nodes: list[int], children: list, probabilities: list, ops, level=0) -> None:
     tree, progress = root_of(text, ops)
     if ops is gpu:  # a dead row
         nodes, children, probabilities = nodes + [-1], children + [[2, 2, 2]], probabilities + [[0.9, 0.05, 0.05]]
     log_probs = torch.tensor(probabilities, device=home(ops)).log()
-    ops.learn(recent, tree, int32(*nodes, ops=ops), progress, int32(*children, ops=ops), log_probs)
+    ops.learn(recent, tree, int32(*nodes, ops=ops), progress, int32(*children, ops=ops), log_probs, level)
 
 
 def recall(recent, table, text: list[int], ops) -> tuple[list[int], list[float]]:
     tree, progress = root_of(text, ops)
-    children, scores = ops.lookup_nodes(table, tree, int32(0, ops=ops), progress, GREEDY, 2, 1.0, recent)
+    children, scores, _ = ops.lookup_nodes(table, tree, int32(0, ops=ops), progress, GREEDY, 2, 1.0, recent)
     return children[0].tolist(), scores[0].exp().tolist()
 
 
@@ -128,6 +128,26 @@ def test_the_later_of_two_nodes_in_a_bucket_is_remembered(table, ops):
     assert recall(recent, table, [1, 2], ops) == ([0, 3], [0.5, 0.25])
 
 
+def test_a_row_of_a_higher_level_stays_for_its_context(table, ops):
+    """What the oracle drew outlives what a draft draws there; the level comes with the answer, and a draft need not
+    score the node."""
+    recent = ops.new_recent(1, 2, SIZE, home(ops))
+    remember(recent, [1, 2], [0], [[3, 1, 0]], [[0.6, 0.3, 0.1]], ops, level=1)
+    remember(recent, [1, 2], [0], [[0, 2, 1]], [[0.9, 0.1, 0.0]], ops, level=0)
+    assert recall(recent, table, [1, 2], ops) == ([3, 1], pytest.approx([0.6, 0.3]))
+    remember(recent, [1, 2], [0], [[2, 3, 1]], [[0.8, 0.1, 0.1]], ops, level=1)
+    assert recall(recent, table, [1, 2], ops) == ([2, 3], pytest.approx([0.8, 0.1]))
+    (tree, progress), nodes = root_of([1, 2], ops), int32(0, 2, ops=ops)
+    children, scores, levels = ops.lookup_nodes(table, tree, nodes, progress, GREEDY, 2, 1.0, recent)
+    assert levels.tolist() == [1, 0], "node 2 is token 2 after another 2"
+    reach = progress.reach[0]
+    ops.insert_children(tree, TABLE, nodes, children, scores, reach, levels)
+    assert tree.scored[:4].tolist() == [1, -1, 0, -1]
+    assert 0 not in ops.select_nodes(tree, 1, 8, reach).tolist() and 0 in ops.select_nodes(tree, 2, 8, reach).tolist()
+    remember(recent, [2, 1], [0], [[0, 1, 2]], [[0.7, 0.2, 0.1]], ops, level=0)
+    assert recall(recent, table, [2, 1], ops)[0] == [0, 1], "another context in the same bucket"
+
+
 def test_a_probe_goes_on_at_the_first_bucket(ops):
     """Eight buckets, fewer than a look-up may visit: a context whose first bucket is the last one lies before it."""
     buckets, size = 8, 97
@@ -141,7 +161,7 @@ def test_a_probe_goes_on_at_the_first_bucket(ops):
     tree = reference.new_tree(16, root=key % size)
     table, tree, progress = (moved(part, ops) for part in (table, tree, progress))
     nodes = torch.zeros(1, dtype=torch.int32, device=home(ops))
-    children, _ = ops.lookup_nodes(table, tree, nodes, progress, GREEDY, 2, 1.0)
+    children, *_ = ops.lookup_nodes(table, tree, nodes, progress, GREEDY, 2, 1.0)
     assert children.tolist() == [[size % 7, size % 7 + 7]]
 
 
@@ -160,6 +180,7 @@ def test_a_wide_verdict_is_learnt_in_launches_of_a_pass(table, ops, monkeypatch)
     monkeypatch.setattr(ops, "learn", lambda recent, tree, nodes, progress, *drawn: launched.append((nodes, *drawn)))
     nodes = torch.arange(2 * MAX_ROWS + 3, dtype=torch.int32)
     children, log_probs = torch.stack([nodes, nodes], 1), torch.rand(len(nodes), 2)
-    stage.learn(State(None, None, None), Scored(nodes, nodes, children, log_probs, log_probs))
-    assert [len(part[0]) for part in launched] == [MAX_ROWS, MAX_ROWS, 3]
-    assert all(map(torch.equal, map(torch.cat, zip(*launched, strict=True)), (nodes, children, log_probs)))
+    stage.learn(State(None, None, None), Scored(nodes, nodes, children, log_probs, log_probs), 2)
+    *columns, levels = zip(*launched, strict=True)
+    assert [len(part) for part in columns[0]] == [MAX_ROWS, MAX_ROWS, 3] and levels == (2, 2, 2)
+    assert all(map(torch.equal, map(torch.cat, columns), (nodes, children, log_probs)))

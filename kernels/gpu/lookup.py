@@ -48,8 +48,10 @@ def _lookup_kernel(
     recent_tokens_ptr,  # int32 [recent, RECENT_WIDTH] or None
     recent_log_probs_ptr,  # float32 [recent, RECENT_WIDTH] or None
     recent_log_rest_ptr,  # float32 [recent] or None
+    recent_levels_ptr,  # int32 [recent] or None
     children_ptr,  # int32 [W, CHILDREN], written
     scores_ptr,  # float32 [W, CHILDREN], written
+    levels_ptr,  # int32 [W], written
     temperature,
     tau,
     num_buckets,  # a power of two
@@ -70,6 +72,7 @@ def _lookup_kernel(
     if node < 0:
         tl.store(children_ptr + w * CHILDREN + child, 0, mask=child < CHILDREN)
         tl.store(scores_ptr + w * CHILDREN + child, float("-inf"), mask=child < CHILDREN)
+        tl.store(levels_ptr + w, 0)
         return
     length = tl.load(length_ptr)
     last = tl.load(tree_tokens_ptr + node).to(tl.int64)
@@ -88,6 +91,7 @@ def _lookup_kernel(
     token = tl.load(tokens_ptr + row * WIDTH + lane, mask=exists, other=-1)
     score = tl.load(log_probs_ptr + row * WIDTH + lane, mask=exists, other=float("-inf")) / temperature
     rest = tl.load(log_rest_ptr + row) / temperature
+    level = 0
     if recent_keys_ptr is not None:
         slot = _hash(key, num_recent)
         is_recent = (tl.load(recent_keys_ptr + slot) == key) & (previous >= 0)
@@ -96,6 +100,8 @@ def _lookup_kernel(
         token = tl.load(recent_tokens_ptr + slot * RECENT_WIDTH + lane, mask=use, other=token)
         score = tl.load(recent_log_probs_ptr + slot * RECENT_WIDTH + lane, mask=use, other=score)
         rest = tl.load(recent_log_rest_ptr + slot, mask=is_recent, other=rest)
+        level = tl.load(recent_levels_ptr + slot, mask=is_recent, other=0)
+    tl.store(levels_ptr + w, level)
     if NOISE:
         position = length + tl.load(depths_ptr + node)
         score = score + gumbel(philox_word(load_seed(seed_ptr), token, position))
@@ -120,10 +126,11 @@ def lookup_nodes(
     num_children: int,
     tau: float,
     recent: RecentTable | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table's best children of each node and their edge scores; see ``kernels.reference``. One launch.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The table's best children of each node, their edge scores, and the level of a remembered row, 0 for another; see
+    ``kernels.reference``. One launch.
 
-    int32 [W, m] and float32 [W, m]; the scores of a dead node are -inf.
+    int32 [W, m], float32 [W, m] and int32 [W]; the scores of a dead node are -inf.
     """
     device, width = tree.tokens.device, table.tokens.shape[1]
     require_tree(tree)
@@ -136,11 +143,12 @@ def lookup_nodes(
     require("tokens", table.tokens, (None, None), torch.int32, device)
     require("log_probs", table.log_probs, tuple(table.tokens.shape), torch.float32, device)
     require("log_rest", table.log_rest, (len(table.tokens),), torch.float32, device)
-    keys, tokens, log_probs, log_rest, _ = recent or (None,) * 5
+    keys, tokens, log_probs, log_rest, known, _ = recent or (None,) * 6
     recent_width = 0 if recent is None else require_recent(recent, device)
     num_children = min(num_children, width)
     children = torch.empty(len(nodes), num_children, dtype=torch.int32, device=device)
     scores = torch.empty(len(nodes), num_children, dtype=torch.float32, device=device)
+    levels = torch.empty(len(nodes), dtype=torch.int32, device=device)
     launch(
         _lookup_kernel,
         (len(nodes),),
@@ -161,8 +169,10 @@ def lookup_nodes(
             "recent_tokens_ptr": tokens,
             "recent_log_probs_ptr": log_probs,
             "recent_log_rest_ptr": log_rest,
+            "recent_levels_ptr": known,
             "children_ptr": children,
             "scores_ptr": scores,
+            "levels_ptr": levels,
             "temperature": float(sampling.temperature),
             "tau": float(tau),
             "num_buckets": len(table.keys),
@@ -179,7 +189,7 @@ def lookup_nodes(
         },
         num_warps=1,
     )
-    return children, scores
+    return children, scores, levels
 
 
 def _require_power_of_two(name: str, buckets: torch.Tensor) -> None:
@@ -195,10 +205,11 @@ def require_recent(recent: RecentTable, device: torch.device) -> int:
     require("recent.tokens", recent.tokens, (num_buckets, width), torch.int32, device)
     require("recent.log_probs", recent.log_probs, (num_buckets, width), torch.float32, device)
     require("recent.log_rest", recent.log_rest, (num_buckets,), torch.float32, device)
+    require("recent.levels", recent.levels, (num_buckets,), torch.int32, device)
     return width
 
 
-@triton.jit(do_not_specialize=["num_recent"])
+@triton.jit(do_not_specialize=["num_recent", "level"])
 def _learn_kernel(
     nodes_ptr,  # int32 [W], -1 = none
     tree_tokens_ptr,  # int32 [M]
@@ -211,7 +222,9 @@ def _learn_kernel(
     recent_tokens_ptr,  # int32 [recent, RECENT_WIDTH]
     recent_log_probs_ptr,  # float32 [recent, RECENT_WIDTH]
     recent_log_rest_ptr,  # float32 [recent]
+    recent_levels_ptr,  # int32 [recent]
     num_recent,  # a power of two
+    level,
     V: tl.constexpr,
     W: tl.constexpr,
     CHILDREN: tl.constexpr,
@@ -220,7 +233,7 @@ def _learn_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (1,): all nodes; of those that fall into one bucket the last one writes."""
+    """Grid (1,): all nodes; of those that fall into one bucket the last one writes, unless a better row is there."""
     wait_for_previous()
     w = tl.arange(0, BLOCK_W)
     node = tl.load(nodes_ptr + w, mask=w < W, other=-1)
@@ -232,13 +245,17 @@ def _learn_kernel(
     token = tl.load(children_ptr + w[:, None] * CHILDREN + lane, mask=has, other=0)
     log_prob = tl.load(log_probs_ptr + w[:, None] * CHILDREN + lane, mask=has, other=float("-inf"))
     live = live & (previous >= 0) & (tl.max((log_prob > float("-inf")).to(tl.int32), 1) > 0)
-    slot = tl.where(live, _hash(key, num_recent), -1)
+    slot = _hash(key, num_recent)
+    held = live & (tl.load(recent_keys_ptr + slot, mask=live, other=-1) == key)
+    live = live & ~(held & (tl.load(recent_levels_ptr + slot, mask=live, other=0) > level))
+    slot = tl.where(live, slot, -1)
     later = (slot[:, None] == slot[None, :]) & (w[:, None] < w[None, :])
     live = live & (tl.max(later.to(tl.int32), 1) == 0)
     rest = tl.maximum(1.0 - tl.sum(tl.exp(log_prob), 1), LEAST_REST)
     target = slot[:, None] * RECENT_WIDTH + lane
     tl.store(recent_keys_ptr + slot, key, mask=live)
     tl.store(recent_log_rest_ptr + slot, tl.log(rest), mask=live)
+    tl.store(recent_levels_ptr + slot, tl.full((BLOCK_W,), level, tl.int32), mask=live)
     tl.store(recent_tokens_ptr + target, token, mask=has & live[:, None])
     tl.store(recent_log_probs_ptr + target, log_prob, mask=live[:, None] & (lane < RECENT_WIDTH))
 
@@ -250,6 +267,7 @@ def learn(
     progress: Progress,
     children: torch.Tensor,  # int32 [W, m]
     log_probs: torch.Tensor,  # float32 [W, m], of the children, at the generation's temperature, without noise
+    level: int = 0,
 ) -> None:
     """Remember what a stage has just drawn at ``nodes``; see ``kernels.reference``. One launch."""
     device = tree.tokens.device
@@ -274,7 +292,9 @@ def learn(
             "recent_tokens_ptr": recent.tokens,
             "recent_log_probs_ptr": recent.log_probs,
             "recent_log_rest_ptr": recent.log_rest,
+            "recent_levels_ptr": recent.levels,
             "num_recent": len(recent.keys),
+            "level": level,
         },
         {
             "V": recent.vocab_size,

@@ -104,6 +104,7 @@ def _insert_kernel(
     nodes_ptr,  # int32 [W], -1 = none
     children_ptr,  # int32 [W, CHILDREN]
     scores_ptr,  # float32 [W, CHILDREN]
+    levels_ptr,  # int32 [W] or None
     max_depth_ptr,  # int32 [any], the first one counts
     stage,
     M: tl.constexpr,
@@ -127,7 +128,10 @@ def _insert_kernel(
     num_nodes = tl.load(num_nodes_ptr)
     valid = exists & (score > float("-inf")) & (depth < tl.load(max_depth_ptr))
     tl.store(failed_ptr, stage + 1, mask=tl.max((exists & (score != score)).to(tl.int32)) > 0)
-    tl.store(scored_ptr + node, stage, mask=exists)
+    level = tl.full((BLOCK_ENTRIES,), stage, tl.int32)
+    if levels_ptr is not None:
+        level = tl.maximum(level, tl.load(levels_ptr + entry // CHILDREN, mask=exists, other=0))
+    tl.store(scored_ptr + node, level, mask=exists)
 
     # guesses of lower stages: those that this stage ranks keep their index, the others are rejected
     index = tl.full((BLOCK_ENTRIES,), -1, tl.int32)
@@ -178,6 +182,7 @@ def insert_children(
     children: torch.Tensor,  # int32 [W, m]
     scores: torch.Tensor,  # float32 [W, m], edge scores, -inf = no child
     max_depth: torch.Tensor,  # int32, the first element counts
+    levels: torch.Tensor | None = None,  # int32 [W], stages whose scoring this replaces, where higher than ``stage``
 ) -> None:
     """Give each node the children that ``stage`` ranks best; see ``kernels.reference``. One launch."""
     device = tree.tokens.device
@@ -186,6 +191,8 @@ def insert_children(
     require("children", children, (len(nodes), None), torch.int32, device)
     require("scores", scores, tuple(children.shape), torch.float32, device)
     require("max_depth", max_depth, (None,), torch.int32, device)
+    if levels is not None:
+        require("levels", levels, (len(nodes),), torch.int32, device)
     capacity = len(tree.tokens)
     launch(
         _insert_kernel,
@@ -195,6 +202,7 @@ def insert_children(
             "nodes_ptr": nodes,
             "children_ptr": children,
             "scores_ptr": scores,
+            "levels_ptr": levels,
             "max_depth_ptr": max_depth,
             "stage": stage,
         },

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
-from kernels.reference.sampling import gumbel_noise, seed_number
+from kernels.reference.sampling import noise, seed_number
 from kernels.reference.tree import in_numpy
 
 
@@ -18,6 +18,7 @@ def new_recent(num_buckets: int, width: int, vocab_size: int, device: torch.devi
             tokens=torch.zeros(num_buckets, width, dtype=torch.int32, device=device),
             log_probs=torch.full((num_buckets, width), -math.inf, device=device),
             log_rest=torch.zeros(num_buckets, device=device),
+            levels=torch.zeros(num_buckets, dtype=torch.int32, device=device),
             vocab_size=vocab_size,
         )
 
@@ -31,23 +32,35 @@ def lookup_nodes(
     num_children: int,
     tau: float,
     recent: RecentTable | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``lookup`` in the context of each node, or ``recent``'s row where it has one."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``lookup`` in the context of each node, or ``recent``'s row where it has one; and that row's level, or 0: int32 [W].
+    """
     previous, last = _contexts(tree, nodes, progress)
-    positions = torch.from_numpy(tree.depths.numpy()[nodes.numpy()] + progress.length.numpy()[0])
+    positions = tree.depths.numpy()[nodes.numpy()] + progress.length.numpy()[0]
+    recent = None if recent is None else in_numpy(recent)
+    found = answers(in_numpy(table), recent, previous, last, positions, sampling, num_children, tau)
+    return tuple(map(torch.from_numpy, found))
+
+
+def answers(
+    table: SuccessorTable, recent: RecentTable | None, previous, last, positions, sampling: Sampling, num_children, tau
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``lookup_nodes`` of contexts, all in numpy."""
     tokens, log_probs, log_rest = _rows(table, previous, last, sampling)
+    levels = np.zeros(len(last), dtype=np.int32)
     if recent is not None:
-        columns = in_numpy(recent)
         keys = previous * recent.vocab_size + last
-        buckets = hash_context(keys, len(columns.keys))
-        hit = np.flatnonzero((columns.keys[buckets] == keys) & (keys >= 0))
-        width = min(tokens.shape[1], columns.tokens.shape[1])
+        buckets = hash_context(keys, len(recent.keys))
+        hit = np.flatnonzero((recent.keys[buckets] == keys) & (keys >= 0))
+        width = min(tokens.shape[1], recent.tokens.shape[1])
+        buckets = buckets[hit]
         log_probs[hit] = -math.inf
-        tokens[hit, :width] = columns.tokens[buckets[hit], :width]
-        log_probs[hit, :width] = columns.log_probs[buckets[hit], :width]
-        log_rest[hit] = columns.log_rest[buckets[hit]]
+        tokens[hit, :width] = recent.tokens[buckets, :width]
+        log_probs[hit, :width] = recent.log_probs[buckets, :width]
+        log_rest[hit] = recent.log_rest[buckets]
+        levels[hit] = recent.levels[buckets]
     children, scores = _best(tokens, log_probs, log_rest, positions, sampling, tau)
-    return children[:, :num_children], scores[:, :num_children]
+    return children[:, :num_children], scores[:, :num_children], levels
 
 
 def learn(
@@ -57,8 +70,10 @@ def learn(
     progress: Progress,
     children: torch.Tensor,  # int32 [W, m]
     log_probs: torch.Tensor,  # float32 [W, m], of the children, at the generation's temperature, without noise
+    level: int = 0,
 ) -> None:
-    """Remember what a stage has just drawn at ``nodes``; of two nodes in one bucket the later one stays."""
+    """Remember what a stage has just drawn at ``nodes``; of two nodes in one bucket the later one stays. A row of a
+    higher ``level`` for the same context is kept."""
     previous, last = _contexts(tree, nodes, progress)
     recent, children, log_probs = in_numpy(recent), children.numpy(), log_probs.numpy()
     keys = previous * recent.vocab_size + last
@@ -66,13 +81,14 @@ def learn(
     width = min(children.shape[1], recent.tokens.shape[1])
     best = log_probs[:, :width]
     rest = np.log(np.maximum(1 - np.exp(best).sum(1), np.float32(LEAST_REST)))
-    for row in np.flatnonzero((keys >= 0) & (best > -math.inf).any(1)):
+    better = (recent.keys[buckets] == keys) & (recent.levels[buckets] > level)
+    for row in np.flatnonzero((keys >= 0) & (best > -math.inf).any(1) & ~better):
         bucket = buckets[row]
         recent.keys[bucket] = keys[row]
         recent.tokens[bucket, :width] = children[row, :width]
         recent.log_probs[bucket] = -math.inf
         recent.log_probs[bucket, :width] = best[row]
-        recent.log_rest[bucket] = rest[row]
+        recent.log_rest[bucket], recent.levels[bucket] = rest[row], level
 
 
 def _contexts(tree: Tree, nodes: torch.Tensor, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
@@ -97,14 +113,13 @@ def lookup(
     A context of two tokens that the table does not hold falls back to the row of its last token. The scores are those
     of ``draw``, with the mass outside the row as one more competitor, so that edges are not overrated.
     """
-    columns = _rows(table, previous.long().numpy(), last.long().numpy(), sampling)
-    children, scores = _best(*columns, positions, sampling, tau)
-    return children[:, :num_children], scores[:, :num_children]
+    contexts = previous.long().numpy(), last.long().numpy(), positions.numpy()
+    children, scores, _ = answers(in_numpy(table), None, *contexts, sampling, num_children, tau)
+    return torch.from_numpy(children), torch.from_numpy(scores)
 
 
 def _rows(table: SuccessorTable, previous, last, sampling: Sampling) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The baked rows of contexts: tokens [N, m], log-probabilities [N, m] and of the mass outside [N], tempered."""
-    table = in_numpy(table)
     row = _probe(table, previous, last)
     temperature = np.float32(sampling.temperature)
     return table.tokens[row], table.log_probs[row] / temperature, table.log_rest[row] / temperature
@@ -125,14 +140,16 @@ def _probe(table: SuccessorTable, previous: np.ndarray, last: np.ndarray) -> np.
     return row
 
 
-def _best(tokens, log_probs, log_rest, positions: torch.Tensor, sampling: Sampling, tau: float):
+def _best(tokens, log_probs, log_rest, positions, sampling: Sampling, tau: float) -> tuple[np.ndarray, np.ndarray]:
     """A table's row [N, m] by falling score: tokens, and edge scores with the mass outside as one more competitor."""
-    tokens, scores = torch.from_numpy(tokens), torch.from_numpy(log_probs)
+    scores = log_probs
     if sampling.noise:
-        scores = scores + gumbel_noise(seed_number(sampling.seed), positions[:, None], tokens)
-    scaled = torch.cat([scores, torch.from_numpy(log_rest)[:, None]], 1) / tau
-    top, index = scaled[:, :-1].sort(dim=-1, descending=True, stable=True)
-    return tokens.gather(1, index), top - scaled.logsumexp(-1, keepdim=True)
+        scores = scores + noise(seed_number(sampling.seed), positions[:, None], tokens)
+    scores, rest = scores / np.float32(tau), log_rest[:, None] / np.float32(tau)
+    largest = np.maximum(scores.max(1, keepdims=True), rest)
+    total = largest + np.log(np.exp(scores - largest).sum(1, keepdims=True) + np.exp(rest - largest))
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(tokens, order, 1), np.take_along_axis(scores, order, 1) - total
 
 
 def hash_context(key: torch.Tensor, num_buckets: int) -> torch.Tensor:

@@ -41,15 +41,21 @@ def gumbel_noise(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> to
     With u the first Philox word of counter (token, position, 0, 0) over 2^32, the noise is -log(-log(1 - u)). Large
     noise comes from u near 0, where the words are 2^-32 apart, so that rare tokens are drawn at their rate.
     """
+    if tokens.device.type == "cpu":
+        return torch.from_numpy(noise(seed, positions.numpy(), tokens.numpy()))
     token, position = torch.broadcast_tensors(tokens.long(), positions.long())
-    if token.device.type == "cpu":  # numpy is faster with small arrays
-        zero = np.zeros(token.shape, dtype=np.int64)
-        word = torch.from_numpy(philox(seed, (token.numpy(), position.numpy(), zero, zero))[0])
-    else:
-        zero = torch.zeros_like(token)
-        word = philox(seed, (token, position, zero, zero))[0]
+    zero = torch.zeros_like(token)
+    word = philox(seed, (token, position, zero, zero))[0]
     uniform = (word.double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-uniform)).float()
+
+
+def noise(seed: int, positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """``gumbel_noise`` in numpy, which is faster with small arrays."""
+    token, position = np.broadcast_arrays(tokens.astype(np.int64), positions.astype(np.int64))
+    zero = np.zeros(token.shape, dtype=np.int64)
+    uniform = (philox(seed, (token, position, zero, zero))[0] + 0.5) * 2.0**-32
+    return -np.log(-np.log1p(-uniform)).astype(np.float32)
 
 
 def seed_number(words: torch.Tensor) -> int:

@@ -61,6 +61,7 @@ def insert_children(
     children: torch.Tensor,  # int32 [n, m]
     scores: torch.Tensor,  # float32 [n, m], edge scores, -inf = no child
     max_depth: int | torch.Tensor,
+    levels: torch.Tensor | None = None,  # int32 [n], stages whose scoring this replaces, where higher than ``stage``
 ) -> None:
     """Give each node the children that ``stage`` ranks best.
 
@@ -72,34 +73,46 @@ def insert_children(
     nodes, children, scores = nodes.numpy(), children.numpy(), scores.numpy()
     if np.isnan(scores).any():
         tree.failed[0] = stage + 1
-    n = count = int(tree.num_nodes[0])
-    tokens, parents, depths, edges, sources = tree.tokens, tree.parents, tree.depths, tree.edge_scores, tree.sources
-    tree.scored[nodes] = stage
-    rescored = np.zeros(n, dtype=bool)
-    rescored[nodes] = True
-    guessed = 1 + np.flatnonzero(rescored[parents[1:n]])  # all but the root have a parent
-    index_of = dict(zip(zip(parents[guessed].tolist(), tokens[guessed].tolist(), strict=True), guessed, strict=True))
-    edges[guessed] = -np.inf
-    for node, row, row_scores in zip(nodes.tolist(), children.tolist(), scores.tolist(), strict=True):
-        if depths[node] >= max_depth:
-            continue
-        for token, score in zip(row, row_scores, strict=True):
-            if not score > -np.inf:
-                continue
+    n = int(tree.num_nodes[0])
+    tree.scored[nodes] = stage if levels is None else np.maximum(levels.numpy(), stage)
+    allowed = (scores > -np.inf) & (tree.depths[nodes] < max_depth)[:, None]
+    guessed = _children_of(tree, nodes)
+    if len(guessed):
+        allowed &= ~_rescore(tree, stage, nodes, children, scores, allowed, guessed)
+    row, column = (index[: len(tree.tokens) - n] for index in np.nonzero(allowed))
+    parents, new = nodes[row], np.arange(n, n + len(row))
+    tree.tokens[new], tree.edge_scores[new] = children[row, column], scores[row, column]
+    tree.parents[new], tree.depths[new] = parents, tree.depths[parents] + 1
+    tree.sources[new], tree.scored[new] = stage, -1
+    tree.paths[new] = tree.paths[parents]
+    tree.paths[new, tree.depths[new]] = new
+    tree.num_nodes[0] = n + len(row)
+    if len(guessed):
+        sum_paths(tree)
+    else:  # no other path has changed
+        tree.path_scores[new] = tree.path_scores[parents] + tree.edge_scores[new]
+
+
+def _children_of(tree: Tree, nodes: np.ndarray) -> np.ndarray:
+    """Indices of all children of ``nodes``."""
+    is_parent = np.zeros(len(tree.tokens) + 1, dtype=bool)  # one more for the -1 of the root
+    is_parent[nodes] = True
+    return np.flatnonzero(is_parent[tree.parents[: tree.num_nodes[0]]])
+
+
+def _rescore(tree: Tree, stage: int, nodes, children, scores, allowed, guessed: np.ndarray) -> np.ndarray:
+    """Give ``guessed``, all children of ``nodes``, the edge scores of this stage; which entries [n, m] they are."""
+    known = np.zeros(allowed.shape, dtype=bool)
+    index_of = dict(zip(zip(tree.parents[guessed].tolist(), tree.tokens[guessed].tolist()), guessed.tolist()))
+    tree.edge_scores[guessed] = -np.inf
+    for row, node in enumerate(nodes.tolist()):
+        for column, token in enumerate(children[row].tolist()):
             index = index_of.get((node, token))
-            if index is None:
-                if count == len(tokens):
-                    continue
-                index, count = count, count + 1
-                tokens[index], parents[index], depths[index] = token, node, depths[node] + 1
-                sources[index] = stage
-                tree.scored[index] = -1
-                tree.paths[index] = tree.paths[node]
-                tree.paths[index, depths[index]] = index
-            edges[index] = score
-            sources[index] = min(sources[index], stage)
-    tree.num_nodes[0] = count
-    sum_paths(tree)
+            if index is not None and allowed[row, column]:
+                known[row, column] = True
+                tree.edge_scores[index] = scores[row, column]
+                tree.sources[index] = min(tree.sources[index], stage)
+    return known
 
 
 def _number(value: int | torch.Tensor) -> int:
