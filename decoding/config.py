@@ -49,7 +49,8 @@ class SpeculationConfig:
 
     Stage i repeats ``rounds[i]`` times: the stages below extend the tree, then stage i scores its ``widths[i]`` best
     unscored nodes in one pass and gives each its ``children[i]`` best children. The oracle then verifies the
-    ``budget`` best nodes. ``tau`` divides perturbed scores before the softmax that makes them edge scores.
+    ``budget`` best nodes. ``tau`` divides perturbed scores before the softmax that makes them edge scores. A stage with
+    others below leaves out nodes whose path has no more probability than ``min_prob``: with none left, it is not run.
     ``shared_noise=False`` lets the lower stages rank by their own probabilities alone, the paper's rule: for ablation.
     """
 
@@ -60,6 +61,7 @@ class SpeculationConfig:
     budget: int = 0
     max_depth: int = DEPTH_LIMIT
     tau: float = 0.85
+    min_prob: float = 0.0
     shared_noise: bool = True
 
     def __post_init__(self):
@@ -81,6 +83,12 @@ class SpeculationConfig:
         _require_integer("budget", self.budget, lambda v: 0 <= v < MAX_WIDTH, f"in [0, {MAX_WIDTH - 1}]")
         _require_integer("max_depth", self.max_depth, lambda v: 1 <= v <= DEPTH_LIMIT, f"in [1, {DEPTH_LIMIT}]")
         _require_number("tau", self.tau, lambda v: v > 0, "above 0")
+        _require_number("min_prob", self.min_prob, lambda v: 0 <= v < 1, "in [0, 1)")
+
+    @property
+    def min_score(self) -> float:
+        """``min_prob`` as a path score."""
+        return math.log(self.min_prob) if self.min_prob else -math.inf
 
     @property
     def capacity(self) -> int:
@@ -115,12 +123,13 @@ def chain(num_tokens: int, stage: str = "draft") -> SpeculationConfig:
 
 
 def default_speculation(
-    method: str | None, available: list[str], rows: int = 16, draft_rounds: int = 1
+    method: str | None, available: list[str], rows: int = 16, draft_rounds: int = 1, min_prob: float = 0.0
 ) -> SpeculationConfig:
     """The default shape of ``method`` on the stages there are, cheapest first; None means all of them.
 
     ``rows`` are those that a pass takes for little more than one: the nodes of a tree fill them together with the root.
     ``draft_rounds``: passes of the topmost draft, over what those below propose, that are worth one of the oracle.
+    ``min_prob``: the least probability of a node that is worth a place in a draft's pass.
 
     Raises ValueError where the method needs a stage that is missing.
     """
@@ -140,7 +149,8 @@ def default_speculation(
     lookup = ("draft2",) if "draft2" in available else ()
     n, m = len(lookup), len(drafts)
     rounds = (2,) * (n + m - 1) + (draft_rounds if n + m > 1 else 2,)
-    return SpeculationConfig(lookup + drafts, rounds, (6,) * n + (rows - 1,) * m, (4,) * (n + m), rows - 1, 12)
+    widths, children = (6,) * n + (rows - 1,) * m, (4,) * (n + m)
+    return SpeculationConfig(lookup + drafts, rounds, widths, children, rows - 1, 12, min_prob=min_prob)
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,8 @@ class StagedDecoder:
                 return self._plan.shapes[method]
         model = self.oracle.model
         rows = model.ops.cheap_rows(model.device, model.dtype)
-        return default_speculation(method, [stage.name for stage in self.lower], rows, model.ops.DRAFT_ROUNDS)
+        names = [stage.name for stage in self.lower]
+        return default_speculation(method, names, rows, model.ops.DRAFT_ROUNDS, model.ops.DRAFT_MIN_PROB)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ An iteration reads nothing back from where its operations run; the host reads on
 the next iteration is under way already (``decoding.pipeline``).
 """
 
+import math
 import time
 
 import torch
@@ -84,7 +85,8 @@ class Generation:
         stage, config = self.lower[index], self.config
         for _ in range(config.rounds[index]):
             self._propose(index - 1)
-            nodes = self.ops.select_nodes(tree, index, config.widths[index], progress.reach[index])
+            least = config.min_score if index else -math.inf
+            nodes = self.ops.select_nodes(tree, index, config.widths[index], progress.reach[index], least)
             verdict = stage.score(self.state, index, nodes, self.lower_sampling, config.children[index], config.tau)
             for below in self.lower[:index]:
                 below.learn(self.state, verdict, level=index - 1)

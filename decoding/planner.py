@@ -21,19 +21,20 @@ from decoding.decoder import StagedDecoder
 from decoding.plan import Plan
 
 VALUES = (1, 2, 3, 4, 6, 8, 11, 15, 23, 31, 47, 63, 95)  # that rounds, widths, children and budgets may take
+PROBABILITIES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)  # that ``min_prob`` may take
 LEAST_GAIN = 1.02  # what is less is noise
 
 
 def neighbours(shape: SpeculationConfig) -> Iterator[SpeculationConfig]:
-    """Every shape that differs in one number, by one step of VALUES; a chain stays a chain."""
+    """Every shape that differs in one number, by one step of VALUES or PROBABILITIES; a chain stays a chain."""
     if shape.widths == shape.children == (1,):
         for length in _beside(shape.budget):
             yield dataclasses.replace(shape, rounds=(length,), budget=length, max_depth=length)
         return
-    for name in ("budget", "max_depth", "rounds", "widths", "children"):
-        value = getattr(shape, name)
+    for name in ("budget", "max_depth", "rounds", "widths", "children", "min_prob"):
+        value, values = getattr(shape, name), PROBABILITIES if name == "min_prob" else VALUES
         for index, number in enumerate(value if isinstance(value, tuple) else (value,)):
-            for other in _beside(number):
+            for other in _beside(number, values):
                 changed = (*value[:index], other, *value[index + 1 :]) if isinstance(value, tuple) else other
                 try:
                     yield dataclasses.replace(shape, **{name: changed})
@@ -41,9 +42,9 @@ def neighbours(shape: SpeculationConfig) -> Iterator[SpeculationConfig]:
                     continue
 
 
-def _beside(number: int) -> list[int]:
-    """The values next to ``number``, the smaller one first."""
-    return [*[v for v in VALUES if v < number][-1:], *[v for v in VALUES if v > number][:1]]
+def _beside(number: float, values: tuple = VALUES) -> list:
+    """The ``values`` next to ``number``, the smaller one first."""
+    return [*[v for v in values if v < number][-1:], *[v for v in values if v > number][:1]]
 
 
 def improve(

@@ -68,7 +68,7 @@ class Stage(Protocol):
         """Forget the last generation and read the prompt; None from a stage without a cache."""
 
     def begin_iteration(self, num_head: int) -> None:
-        """The next pass must catch up with at most ``num_head`` committed tokens, later ones with none."""
+        """The next pass must catch up with ``num_head`` more committed tokens at most, later ones with none."""
 
     def score(
         self, state: State, index: int, nodes: torch.Tensor, sampling: Sampling, num_children: int, tau: float
@@ -192,6 +192,7 @@ class GPT2Stage(_Counters):
 
     def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> Lease:
         self._reset_counters()
+        self._num_head = 0
         pages = self.context + tree_capacity
         if self.cache is None or self.cache.num_pages < pages:
             self.cache = self.model.new_cache(pages)
@@ -210,19 +211,19 @@ class GPT2Stage(_Counters):
         self._cache_index, self._room = cache_index, room
 
     def begin_iteration(self, num_head: int) -> None:
-        self._num_head = num_head
+        self._num_head += num_head
 
     def score(self, state, index, nodes, sampling, num_children, tau):
         start = time.perf_counter()
         tree, progress, chain = state
         model, ops = self.model, self.model.ops
+        if len(nodes) == 0:  # as the host may know; on a GPU there are as many as were asked for
+            empty = tree.edge_scores.new_empty(0, 0)
+            return Scored(nodes, nodes, empty.int(), empty, None)
         reach = progress.reach[index]
         room = self._room(len(nodes), self._num_head)
         rows = ops.stage_rows(tree, nodes, progress, chain, self._cache_index, reach, self._num_head, room)
         self._num_head = 0
-        if len(rows.tokens) == 0:
-            empty = tree.edge_scores.new_empty(0, 0)
-            return Scored(rows.nodes, rows.nodes, empty.int(), empty, None)
         hidden, num_passes = self._forward(rows, chain, progress)
         hidden = hidden[rows.row_of.to(model.device)]
         tile_maxima = ops.new_tile_maxima(len(hidden), self.vocab_size, hidden.device)

@@ -118,14 +118,18 @@ class Lockstep:
 
     def select(self, stage: int, width: int) -> torch.Tensor:
         """The nodes to score, those of the host, once both sides agree."""
+        known = [score for score in self.host.tree.path_scores[: self.num_nodes].tolist() if score < 0]
+        some = stage < self.oracle and known and self.rng.random() < 0.3
+        least = float(self.rng.choice(known)) if some else -math.inf
         nodes, given = (
-            ops.select_nodes(state.tree, stage, width, state.progress.reach[stage])
+            ops.select_nodes(state.tree, stage, width, state.progress.reach[stage], least)
             for ops, state in ((reference, self.host), (gpu, self.device))
         )
         assert given.tolist() == nodes.tolist() + [-1] * (width - len(nodes))
         scores = self.host.tree.path_scores[nodes]
         self.note(
             ties=len(scores.unique()) < len(scores),
+            left_out=least > -math.inf and len(nodes) < width,
             tied_out=len(nodes) == width
             and bool(
                 (self.host.tree.path_scores[: self.num_nodes] == scores.min()).sum() > (scores == scores.min()).sum()

@@ -25,13 +25,13 @@ pytestmark = pytest.mark.usefixtures("hostile_scratch")
 
 EVENTS = {
     "full": {"full", "dropped", "rejected", "length", "nothing_accepted", "ties", "tied_out"},
-    "contexts": {"out_of_reach", "length", "kept_subtree", "caught_up", "merged", "in_place_of_a_draft"},
+    "contexts": {"out_of_reach", "length", "kept_subtree", "caught_up", "merged", "in_place_of_a_draft", "left_out"},
     "eos": {"eos", "accepted", "spare_ancestor", "merged"},
     "two-eos": {"eos"},
     "four-caches": {"spare_ancestor", "dropped", "kept_cached", "accepted", "ties", "rejected", "out_of_reach"},
     "one-token": {"length", "nothing_accepted", "nothing_to_score"},
 }
-SEEDS = {"eos": 4, "two-eos": 3}
+SEEDS = {"eos": 6, "two-eos": 3}
 
 
 @pytest.mark.parametrize("name", SHAPES)

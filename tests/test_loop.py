@@ -3,6 +3,7 @@ taken, what is forgotten between generations and remembered within one, and what
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from decoding import SpeculationConfig, StagedDecoder
 from decoding.config import Limits, SamplingConfig, chain
 from decoding.katz import KatzTrigram, save
 from decoding.loop import Generation
+from decoding.stages import KatzStage
 from profiling.equality import noisy_copy
 from tests.helpers import random_tokens
 from tests.test_lossless import VOCAB, tiny_model
@@ -96,6 +98,60 @@ def test_draft2_remembers_what_the_draft_drew(decoder):
         previous, last = running.text[-2:]
         running.step()
         assert previous * VOCAB + last in recent.keys.tolist()
+
+
+@each_sampling
+def test_draft2_remembers_what_the_oracle_drew(sampling, table):
+    """Without a draft, with a table that knows nothing: what repeats is guessed."""
+    decoder = StagedDecoder.from_pretrained(tiny_model(0, 1), None, table, device="cpu", dtype="float32")
+    alone = SpeculationConfig(("draft2",), (6,), (4,), (3,), budget=8, max_depth=8)
+    running = generation(decoder, alone, sampling, new_tokens=60)
+    emitted = list(running.run())
+    running = generation(decoder, alone, sampling, new_tokens=60)
+    running.lower[0].remembers = 0
+    forgetful = list(running.run())
+    assert sum(emitted, []) == sum(forgetful, []) and len(emitted) <= len(forgetful)
+    if sampling == "greedy":  # the tiny oracle repeats itself
+        assert len(emitted) < 0.6 * len(forgetful)
+
+
+def test_a_draft_is_not_asked_what_the_oracle_has_answered(decoder, monkeypatch):
+    """A draft that is always wrong: nodes whose context the oracle has seen keep the oracle's answer."""
+    drowned, lengths = decoder(100.0), []
+    learn = KatzStage.learn
+    for level in (1, 0):  # as it is, and as if the draft were to be asked
+        monkeypatch.setattr(KatzStage, "learn", lambda *a, level, most=level: learn(*a, level=min(level, most)))
+        running = generation(drowned, BELOW_DRAFT, "greedy", new_tokens=60)
+        lengths.append(len(list(running.run())))
+    assert lengths[0] < 0.8 * lengths[1]
+
+
+def test_draft2_has_the_last_word(decoder):
+    """It looks up before each of the draft's passes, and once more below what the draft has ranked."""
+    running = generation(decoder(0.2), BELOW_DRAFT, "greedy")
+    before = running.lower[0].passes
+    running.step()
+    rounds, draft_rounds = BELOW_DRAFT.rounds
+    assert running.lower[0].passes - before == rounds * (draft_rounds + 1)
+    alone = generation(decoder(0.2), replace(chain(1, "draft2"), rounds=(3,)), "greedy")
+    alone.step()
+    assert alone.lower[0].passes == 3, "nobody asks after it"
+
+
+@each_sampling
+def test_an_improbable_node_is_not_drafted(sampling, decoder):
+    """A draft with nothing to score is not run, and catches up with the text when it is; the text is the same."""
+    plain = sum(generation(decoder(0.2), SpeculationConfig(), sampling, 60).run(), [])
+    config = replace(BELOW_DRAFT, rounds=(2, 1), max_depth=2, min_prob=0.3)
+    running = generation(decoder(0.2), config, sampling, 60)
+    draft, cached, lags, emitted = running.lower[1], running.state.chain.cached_len, [], []
+    while running.finish_reason is None:
+        emitted += running.step()
+        lags.append(len(running.text) - int(cached[0]))
+    assert emitted == plain and draft.passes > 0
+    if sampling == "greedy":  # the oracle repeats itself, and draft2 answers from what it drew
+        assert draft.passes < 0.8 * running.oracle.passes
+        assert any(lag > config.max_depth + 1 and after < lag for lag, after in pairwise(lags)), "it was run again"
 
 
 def test_bytes_of_a_baseline(decoder):

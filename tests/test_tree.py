@@ -183,6 +183,12 @@ def test_select_stops_at_max_depth(tree, max_depth, expected):
     assert select_nodes(tree, 1, 99, max_depth).tolist() == expected
 
 
+@pytest.mark.parametrize("min_score, expected", [(-1.0, [0, 1, 3]), (-1.25, [0, 1, 2, 3, 6]), (0.0, [])])
+def test_select_leaves_out_what_is_not_above_a_score(tree, min_score, expected):
+    """Node 2 has just -1."""
+    assert select_nodes(tree, 1, 99, 8, min_score).tolist() == expected
+
+
 # --- verify
 
 

@@ -16,6 +16,7 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx
 MAX_SPLITS = 8  # each costs its sum once more
 PREFILL_ROWS = 1024  # rows of one pass of a long prompt, a multiple of MAX_ROWS
 DRAFT_ROUNDS = 2  # passes of a draft before one of the oracle, which takes about ten times as long on an H200
+DRAFT_MIN_PROB = 0.0  # a row of a pass costs nothing there
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ One program each: a tree has a few hundred nodes, and what costs is the number o
 Stores that other threads of the program read are separated from those reads by a barrier.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ PATH = DEPTH_LIMIT + 1
 BLOCK_PATH = triton.next_power_of_2(PATH)
 
 
-@triton.jit(do_not_specialize=["stage"])
+@triton.jit(do_not_specialize=["stage", "min_score"])
 def _select_kernel(
     path_scores_ptr,  # float32 [M]
     depths_ptr,  # int32 [M]
@@ -26,6 +28,7 @@ def _select_kernel(
     max_depth_ptr,  # int32 [any], the first one counts
     nodes_ptr,  # int32 [WIDTH], written
     stage,
+    min_score,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -35,7 +38,7 @@ def _select_kernel(
     lane = tl.arange(0, BLOCK)
     live = lane < tl.load(num_nodes_ptr)
     score = tl.load(path_scores_ptr + lane, mask=live, other=float("-inf"))
-    free = live & (score > float("-inf")) & (tl.load(scored_ptr + lane, mask=live, other=0) < stage)
+    free = live & (score > min_score) & (tl.load(scored_ptr + lane, mask=live, other=0) < stage)
     free = free & (tl.load(depths_ptr + lane, mask=live, other=0) <= tl.load(max_depth_ptr))
     keys = tl.where(free, order(score), -2147483648)
     chosen = best(keys, free, WIDTH, 32)
@@ -45,7 +48,9 @@ def _select_kernel(
     tl.store(nodes_ptr + place, lane, mask=chosen)
 
 
-def select_nodes(tree: Tree, stage: int, width: int, max_depth: torch.Tensor) -> torch.Tensor:
+def select_nodes(
+    tree: Tree, stage: int, width: int, max_depth: torch.Tensor, min_score: float = -math.inf
+) -> torch.Tensor:
     """The ``width`` best nodes that ``stage`` has not scored: int32 [width], rising, then -1. One launch.
 
     ``max_depth`` is an int32 tensor whose first element counts; see ``kernels.reference``.
@@ -65,6 +70,7 @@ def select_nodes(tree: Tree, stage: int, width: int, max_depth: torch.Tensor) ->
             "max_depth_ptr": max_depth,
             "nodes_ptr": nodes,
             "stage": stage,
+            "min_score": float(min_score),
         },
         {
             "WIDTH": width,

@@ -9,6 +9,8 @@ from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampli
 from kernels.reference.sampling import noise, seed_number
 from kernels.reference.tree import in_numpy
 
+_PROBES = np.arange(MAX_PROBES)
+
 
 def new_recent(num_buckets: int, width: int, vocab_size: int, device: torch.device | str = "cpu") -> RecentTable:
     """An empty table for the ``width`` best successors of each context."""
@@ -80,15 +82,14 @@ def learn(
     buckets = hash_context(keys, len(recent.keys))
     width = min(children.shape[1], recent.tokens.shape[1])
     best = log_probs[:, :width]
-    rest = np.log(np.maximum(1 - np.exp(best).sum(1), np.float32(LEAST_REST)))
     better = (recent.keys[buckets] == keys) & (recent.levels[buckets] > level)
-    for row in np.flatnonzero((keys >= 0) & (best > -math.inf).any(1) & ~better):
-        bucket = buckets[row]
-        recent.keys[bucket] = keys[row]
-        recent.tokens[bucket, :width] = children[row, :width]
-        recent.log_probs[bucket] = -math.inf
-        recent.log_probs[bucket, :width] = best[row]
-        recent.log_rest[bucket], recent.levels[bucket] = rest[row], level
+    row = np.flatnonzero((keys >= 0) & (best > -math.inf).any(1) & ~better)
+    bucket, best = buckets[row], best[row]  # numpy keeps the last of equal indices
+    recent.keys[bucket], recent.levels[bucket] = keys[row], level
+    recent.tokens[bucket, :width] = children[row, :width]
+    recent.log_probs[bucket] = -math.inf
+    recent.log_probs[bucket, :width] = best
+    recent.log_rest[bucket] = np.log(np.maximum(1 - np.exp(best).sum(1), np.float32(LEAST_REST)))
 
 
 def _contexts(tree: Tree, nodes: torch.Tensor, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
@@ -127,17 +128,11 @@ def _rows(table: SuccessorTable, previous, last, sampling: Sampling) -> tuple[np
 
 def _probe(table: SuccessorTable, previous: np.ndarray, last: np.ndarray) -> np.ndarray:
     """Row of each context, by linear probing from ``hash_context``."""
-    row, key = last.copy(), previous * table.vocab_size + last
-    bucket = hash_context(key, len(table.keys))
-    searching = previous >= 0
-    for _ in range(MAX_PROBES):
-        found = searching & (table.keys[bucket] == key)
-        row[found] = table.rows[bucket[found]]
-        searching &= ~found
-        if not searching.any():
-            break
-        bucket = (bucket + 1) % len(table.keys)
-    return row
+    key, num_buckets = previous * table.vocab_size + last, len(table.keys)
+    buckets = (hash_context(key, num_buckets)[:, None] + _PROBES) % num_buckets
+    hit = table.keys[buckets] == key[:, None]
+    found = table.rows[buckets[np.arange(len(key)), hit.argmax(1)]]
+    return np.where(hit.any(1) & (previous >= 0), found, last)
 
 
 def _best(tokens, log_probs, log_rest, positions, sampling: Sampling, tau: float) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ Every function changes the ``Tree`` it is given in place. Order is always (path 
 child's path score never exceeds its parent's and its index is higher, a parent always comes before its child.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -38,17 +39,19 @@ def in_numpy(columns: NamedTuple) -> NamedTuple:
     return type(columns)(*(column.numpy() if isinstance(column, torch.Tensor) else column for column in columns))
 
 
-def select_nodes(tree: Tree, stage: int, width: int, max_depth: int | torch.Tensor) -> torch.Tensor:
+def select_nodes(
+    tree: Tree, stage: int, width: int, max_depth: int | torch.Tensor, min_score: float = -math.inf
+) -> torch.Tensor:
     """The ``width`` best nodes that ``stage`` has not scored, by path score: int32 [<= width], rising.
 
-    Nodes deeper than ``max_depth`` (a number, or an int32 tensor whose first element counts) and nodes below a rejected
-    edge (score -inf) are never taken. What is returned together with what ``stage`` has scored is closed under taking
+    Nodes deeper than ``max_depth`` (a number, or an int32 tensor whose first element counts), nodes whose path score is
+    not above ``min_score`` and nodes below a rejected edge (score -inf) are never taken. What is returned together with what ``stage`` has scored is closed under taking
     parents.
     """
     tree = in_numpy(tree)
     n = tree.num_nodes[0]
     scores = tree.path_scores[:n]
-    free = (tree.scored[:n] < stage) & (tree.depths[:n] <= _number(max_depth)) & (scores > -np.inf)
+    free = (tree.scored[:n] < stage) & (tree.depths[:n] <= _number(max_depth)) & (scores > np.float32(min_score))
     nodes = np.flatnonzero(free)
     best = nodes[np.argsort(-scores[nodes], kind="stable")[:width]]
     return torch.from_numpy(np.sort(best).astype(np.int32))
