@@ -18,6 +18,7 @@ from kernels.layout import VOCAB_TILE, Sampling
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_MORE = 8  # scores beyond the wanted ones: room for those that equal the last
 
 
 def philox(seed: int, counters: tuple[torch.Tensor, ...], rounds: int = 10) -> tuple[torch.Tensor, ...]:
@@ -116,6 +117,10 @@ def _best(scores: torch.Tensor, width: int) -> torch.Tensor:
     """
     if scores.shape[1] <= width * VOCAB_TILE:
         return _ranked(scores, width)
+    if scores.device.type == "cpu":
+        values, index = (part.numpy() for part in scores.topk(width + _MORE, dim=-1))
+        if (values[:, width - 1] > values[:, -1]).all():  # all that equal the last of the best are there; no NaN
+            return torch.from_numpy(np.take_along_axis(index, np.lexsort((index, -values))[:, :width], 1))
     tiles = F.pad(scores, (0, -scores.shape[1] % VOCAB_TILE), value=-math.inf).unflatten(1, (-1, VOCAB_TILE))
     chosen = _ranked(tiles.amax(-1), width).sort(-1).values
     found = _ranked(tiles.gather(1, chosen[..., None].expand(-1, -1, VOCAB_TILE)).flatten(1), width)
