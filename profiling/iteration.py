@@ -81,7 +81,7 @@ def iteration(vocab: int, device: torch.device | str, ops: ModuleType = gpu, wid
     drawn = torch.tensor(wanted, dtype=torch.int32).to(device)
     children = (NODES + 1 + torch.arange(width * CHILDREN, dtype=torch.int32)).view(width, CHILDREN).to(device)
     scores = torch.full((width, CHILDREN), -0.5).to(device)
-    reach = progress.reach[1]
+    reach, levels = progress.reach[1], torch.zeros(width, dtype=torch.int32).to(device)
     table = SuccessorTable(
         keys=torch.zeros(TABLE_BUCKETS, dtype=torch.int64, device=device),
         rows=torch.zeros(TABLE_BUCKETS, dtype=torch.int32, device=device),
@@ -101,7 +101,7 @@ def iteration(vocab: int, device: torch.device | str, ops: ModuleType = gpu, wid
 
     changing = {
         "stage_rows": lambda: ops.stage_rows(tree, leaves, progress, chain, 0, reach, width, width),
-        "insert_children": lambda: ops.insert_children(tree, 1, leaves, children, scores, reach),
+        "insert_children": lambda: ops.insert_children(tree, 1, leaves, children, scores, reach, levels),
         "verify_and_commit": lambda: (ops.verify_and_commit(tree, rows, drawn, progress, chain), progress.record)[1],
     }
     calls = {

@@ -35,7 +35,9 @@ def lookup_nodes(
     tau: float,
     recent: RecentTable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``lookup`` in the context of each node, or ``recent``'s row where it has one; and that row's level, or 0: int32 [W].
+    """``lookup`` in the context of each node, or ``recent``'s row where it has one; and the level of that row, else 0.
+
+    int32 [W, m], float32 [W, m], int32 [W].
     """
     previous, last = _contexts(tree, nodes, progress)
     positions = tree.depths.numpy()[nodes.numpy()] + progress.length.numpy()[0]

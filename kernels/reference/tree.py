@@ -45,8 +45,8 @@ def select_nodes(
     """The ``width`` best nodes that ``stage`` has not scored, by path score: int32 [<= width], rising.
 
     Nodes deeper than ``max_depth`` (a number, or an int32 tensor whose first element counts), nodes whose path score is
-    not above ``min_score`` and nodes below a rejected edge (score -inf) are never taken. What is returned together with what ``stage`` has scored is closed under taking
-    parents.
+    not above ``min_score`` and nodes below a rejected edge (score -inf) are never taken. What is returned together with
+    what ``stage`` has scored, or another in its place, is closed under taking parents.
     """
     tree = in_numpy(tree)
     n = tree.num_nodes[0]
@@ -106,7 +106,8 @@ def _children_of(tree: Tree, nodes: np.ndarray) -> np.ndarray:
 def _rescore(tree: Tree, stage: int, nodes, children, scores, allowed, guessed: np.ndarray) -> np.ndarray:
     """Give ``guessed``, all children of ``nodes``, the edge scores of this stage; which entries [n, m] they are."""
     known = np.zeros(allowed.shape, dtype=bool)
-    index_of = dict(zip(zip(tree.parents[guessed].tolist(), tree.tokens[guessed].tolist()), guessed.tolist()))
+    parents, tokens = tree.parents[guessed].tolist(), tree.tokens[guessed].tolist()
+    index_of = dict(zip(zip(parents, tokens, strict=True), guessed.tolist(), strict=True))
     tree.edge_scores[guessed] = -np.inf
     for row, node in enumerate(nodes.tolist()):
         for column, token in enumerate(children[row].tolist()):
