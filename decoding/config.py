@@ -92,12 +92,14 @@ class SpeculationConfig:
 
     @property
     def capacity(self) -> int:
-        """Nodes that a tree may hold: what one iteration can add, and as much kept from the one before."""
+        """Nodes that a tree may hold: what one iteration can add, and as much kept from the one before, but for what the
+        lowest stage adds last."""
         added, calls = 0, 1
         for rounds, width, children in reversed(list(zip(self.rounds, self.widths, self.children, strict=True))):
             calls *= rounds
             added += calls * width * children
-        return -(-(2 * added + self.budget + 1) // 16) * 16  # rows of slots start at multiples of 16 bytes
+        last = self.rounds[0] * self.widths[0] * self.children[0] if len(self.stages) > 1 else 0
+        return -(-(2 * added + last + self.budget + 1) // 16) * 16  # rows of slots start at multiples of 16 bytes
 
     def room(self, index: int, num_nodes: int, num_head: int) -> int:
         """Rows for nodes in a pass of stage ``index`` that scores ``num_nodes`` of them below ``num_head`` committed
