@@ -50,7 +50,8 @@ class SpeculationConfig:
     Stage i repeats ``rounds[i]`` times: the stages below extend the tree, then stage i scores its ``widths[i]`` best
     unscored nodes in one pass and gives each its ``children[i]`` best children. The oracle then verifies the
     ``budget`` best nodes. ``tau`` divides perturbed scores before the softmax that makes them edge scores. A stage with
-    others below leaves out nodes whose path has no more probability than ``min_prob``: with none left, it is not run.
+    others below leaves out nodes whose path has no more probability than ``min_prob``; with none left, the torch backend
+    does not run it.
     ``shared_noise=False`` lets the lower stages rank by their own probabilities alone, the paper's rule: for ablation.
     """
 

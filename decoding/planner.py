@@ -31,7 +31,8 @@ def neighbours(shape: SpeculationConfig) -> Iterator[SpeculationConfig]:
         for length in _beside(shape.budget):
             yield dataclasses.replace(shape, rounds=(length,), budget=length, max_depth=length)
         return
-    for name in ("budget", "max_depth", "rounds", "widths", "children", "min_prob"):
+    names = ("budget", "max_depth", "rounds", "widths", "children")
+    for name in (*names, "min_prob") if len(shape.stages) > 1 else names:
         value, values = getattr(shape, name), PROBABILITIES if name == "min_prob" else VALUES
         for index, number in enumerate(value if isinstance(value, tuple) else (value,)):
             for other in _beside(number, values):

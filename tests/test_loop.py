@@ -89,10 +89,12 @@ def test_a_generation_forgets_the_one_before(sampling, decoder):
         stage.cache.check()
 
 
-def test_draft2_remembers_what_the_draft_drew(decoder):
-    """After every iteration but the last, which has nothing to propose, draft2 holds the context of its root."""
+def test_draft2_remembers_what_the_draft_drew(decoder, monkeypatch):
+    """After every iteration but the last, which has nothing to propose, draft2 holds the context of its root, although
+    the oracle keeps its draws to itself here."""
     running = generation(decoder(0.2), BELOW_DRAFT, "greedy")
-    recent = running.lower[0].recent
+    recent, learn = running.lower[0].recent, running.lower[0].learn
+    monkeypatch.setattr(running.lower[0], "learn", lambda *a, level: learn(*a, level=level) if level == 0 else None)
     assert (recent.keys == -1).all()
     for _ in range(4):
         previous, last = running.text[-2:]
@@ -106,7 +108,8 @@ def test_draft2_remembers_what_the_oracle_drew(sampling, table):
     decoder = StagedDecoder.from_pretrained(tiny_model(0, 1), None, table, device="cpu", dtype="float32")
     alone = SpeculationConfig(("draft2",), (6,), (4,), (3,), budget=8, max_depth=8)
     running = generation(decoder, alone, sampling, new_tokens=60)
-    emitted = list(running.run())
+    emitted, recent = list(running.run()), running.lower[0].recent
+    assert (recent.keys >= 0).sum() > 20 and (recent.log_probs[recent.keys >= 0][:, 0] > -np.inf).all()
     running = generation(decoder, alone, sampling, new_tokens=60)
     running.lower[0].remembers = 0
     forgetful = list(running.run())

@@ -52,6 +52,8 @@ def test_a_neighbour_differs_in_one_number_by_one_step():
     assert {shape.budget for shape in found} == {11, 15, 23}
     assert {shape.rounds for shape in found} >= {(1, 1), (3, 1), (2, 2)}
     assert {shape.min_prob for shape in found} == {0.0, 0.05}
+    alone = neighbours(default_speculation("tree", ["draft"]))
+    assert {shape.min_prob for shape in alone} == {0.0}, "the lowest stage takes no notice of it"
 
 
 def test_a_chain_stays_a_chain():

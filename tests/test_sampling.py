@@ -266,13 +266,16 @@ def test_ties_go_to_the_lowest_id(monkeypatch, sampling):
 
 
 @each_rule
-@pytest.mark.parametrize("vocab_size", [3, 111], ids=lambda v: f"V={v}")
-def test_nan_row_draws_minus_one_and_leaves_the_others_alone(vocab_size, sampling):
+@pytest.mark.parametrize("num_children", [0, 1, 2, 8])
+@pytest.mark.parametrize("vocab_size", [3, 111, 1000], ids=lambda v: f"V={v}")
+def test_nan_row_draws_minus_one_and_leaves_the_others_alone(vocab_size, num_children, sampling):
+    """Whether children are asked for or not, the token is the same."""
     logits = random_logits(6, vocab_size)
     expected, _, _ = draw(logits, positions_of(logits), sampling)
+    assert torch.equal(draw(logits, positions_of(logits), sampling, num_children)[0], expected)
     logits[2, 1], logits[4] = math.nan, math.nan
     expected[[2, 4]] = -1
-    assert torch.equal(draw(logits, positions_of(logits), sampling)[0], expected)
+    assert torch.equal(draw(logits, positions_of(logits), sampling, num_children)[0], expected)
 
 
 @each_rule

@@ -252,6 +252,7 @@ def _learn_kernel(
     later = (slot[:, None] == slot[None, :]) & (w[:, None] < w[None, :])
     live = live & (tl.max(later.to(tl.int32), 1) == 0)
     rest = tl.maximum(1.0 - tl.sum(tl.exp(log_prob), 1), LEAST_REST)
+    tl.debug_barrier()  # what is in a bucket has been read
     target = slot[:, None] * RECENT_WIDTH + lane
     tl.store(recent_keys_ptr + slot, key, mask=live)
     tl.store(recent_log_rest_ptr + slot, tl.log(rest), mask=live)

@@ -119,7 +119,8 @@ def _best(scores: torch.Tensor, width: int) -> torch.Tensor:
         return _ranked(scores, width)
     if scores.device.type == "cpu":
         values, index = (part.numpy() for part in scores.topk(width + _MORE, dim=-1))
-        if (values[:, width - 1] > values[:, -1]).all():  # all that equal the last of the best are there; no NaN
+        complete = values[:, width - 1] > values[:, -1]  # all that equal the last of the best are there
+        if complete.all() and not np.isnan(values[:, 0]).any():  # a NaN would be the first
             return torch.from_numpy(np.take_along_axis(index, np.lexsort((index, -values))[:, :width], 1))
     tiles = F.pad(scores, (0, -scores.shape[1] % VOCAB_TILE), value=-math.inf).unflatten(1, (-1, VOCAB_TILE))
     chosen = _ranked(tiles.amax(-1), width).sort(-1).values
