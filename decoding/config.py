@@ -50,8 +50,8 @@ class SpeculationConfig:
     Stage i repeats ``rounds[i]`` times: the stages below extend the tree, then stage i scores its ``widths[i]`` best
     unscored nodes in one pass and gives each its ``children[i]`` best children. The oracle then verifies the
     ``budget`` best nodes. ``tau`` divides perturbed scores before the softmax that makes them edge scores. A stage with
-    others below leaves out nodes whose path has no more probability than ``min_prob``; with none left, the torch backend
-    does not run it.
+    others below leaves out nodes whose path has no more probability than ``min_prob``; for none, the torch backend does
+    not run it.
     ``shared_noise=False`` lets the lower stages rank by their own probabilities alone, the paper's rule: for ablation.
     """
 
@@ -93,8 +93,8 @@ class SpeculationConfig:
 
     @property
     def capacity(self) -> int:
-        """Nodes that a tree may hold: what one iteration can add, and as much kept from the one before, but for what the
-        lowest stage adds last."""
+        """Nodes that a tree may hold: what one iteration can add, and as much kept from the one before, what the lowest
+        stage adds last excepted."""
         added, calls = 0, 1
         for rounds, width, children in reversed(list(zip(self.rounds, self.widths, self.children, strict=True))):
             calls *= rounds
