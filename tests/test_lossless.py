@@ -157,7 +157,8 @@ def test_caches_stay_sound_after_every_iteration(table):
 
 @pytest.mark.parametrize("order", [("draft2", "draft_1", "draft_2"), ("draft_2", "draft_1", "draft2")])
 def test_a_pass_has_room_for_every_ancestor(order, table, monkeypatch):
-    """Four stages, the table below or above the drafts: no node is left out for want of room. The oracle needs none for
+    """Four stages, the table below or above the drafts: no node is left out for want of room, which the topmost draft
+    has only as far as a block reaches: here it does. The oracle needs none for
     ancestors, the others do, the topmost for those that the table answered in its place; the oracle's root, always
     scored, has its row at the head. Committed tokens have room in the first pass of an iteration."""
     oracle, spare, used, seen = tiny_model(0, 2), {}, {}, {}

@@ -15,7 +15,7 @@ from kernels.reference.moments import with_moments
 
 PREFILL_ROWS = 128  # rows of one pass of a long prompt: bounds the memory it takes
 DRAFT_ROUNDS = 1  # passes of a draft that pay before one of the oracle, as measured on a CPU
-DRAFT_MIN_PROB = 0.2  # of a node that is worth a row of a draft's pass, as measured on a CPU
+DRAFT_MIN_PROB = 0.2  # of a node that is worth a row of a draft's pass, as tried by hand on one CPU
 
 
 def embed(
