@@ -17,7 +17,7 @@ from tests.draws import TAU, assert_values
 from tests.gpu_helpers import REAL_SHAPE
 from tests.interpreter import DEVICE, INTERPRETING
 from tests.laws import P_VALUE, chi_square, sampled
-from tests.test_sampling import EDGE_SEEDS, integer_philox
+from tests.test_noise import EDGE_SEEDS, integer_philox
 
 pytestmark = pytest.mark.usefixtures("hostile_scratch")
 
