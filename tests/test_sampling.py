@@ -162,9 +162,9 @@ def test_nan_row_draws_minus_one_and_leaves_the_others_alone(vocab_size, num_chi
     logits = random_logits(6, vocab_size)
     expected, _, _ = draw(logits, positions_of(logits), sampling)
     assert torch.equal(draw(logits, positions_of(logits), sampling, num_children)[0], expected)
-    logits[2, 1], logits[4] = math.nan, math.nan
-    expected[[2, 4]] = -1
-    assert torch.equal(draw(logits, positions_of(logits), sampling, num_children)[0], expected)
+    for row, column in ((2, 1), (4, slice(None))):  # one NaN alone, then a whole row beside it
+        logits[row, column], expected[row] = math.nan, -1
+        assert torch.equal(draw(logits, positions_of(logits), sampling, num_children)[0], expected)
 
 
 @each_rule
