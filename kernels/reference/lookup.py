@@ -6,10 +6,8 @@ import numpy as np
 import torch
 
 from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
+from kernels.reference.compiled import compiled, in_numpy
 from kernels.reference.sampling import noise, seed_number
-from kernels.reference.tree import in_numpy
-
-_PROBES = np.arange(MAX_PROBES)
 
 
 def new_recent(num_buckets: int, width: int, vocab_size: int, device: torch.device | str = "cpu") -> RecentTable:
@@ -39,67 +37,8 @@ def lookup_nodes(
 
     int32 [W, m], float32 [W, m], int32 [W].
     """
-    previous, last = _contexts(tree, nodes, progress)
-    positions = tree.depths.numpy()[nodes.numpy()] + progress.length.numpy()[0]
-    recent = None if recent is None else in_numpy(recent)
-    found = answers(in_numpy(table), recent, previous, last, positions, sampling, num_children, tau)
-    return tuple(map(torch.from_numpy, found))
-
-
-def answers(
-    table: SuccessorTable, recent: RecentTable | None, previous, last, positions, sampling: Sampling, num_children, tau
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``lookup_nodes`` of contexts, all in numpy."""
-    tokens, log_probs, log_rest = _rows(table, previous, last, sampling)
-    levels = np.zeros(len(last), dtype=np.int32)
-    if recent is not None:
-        keys = previous * recent.vocab_size + last
-        buckets = hash_context(keys, len(recent.keys))
-        hit = np.flatnonzero((recent.keys[buckets] == keys) & (keys >= 0))
-        width = min(tokens.shape[1], recent.tokens.shape[1])
-        buckets = buckets[hit]
-        log_probs[hit] = -math.inf
-        tokens[hit, :width] = recent.tokens[buckets, :width]
-        log_probs[hit, :width] = recent.log_probs[buckets, :width]
-        log_rest[hit] = recent.log_rest[buckets]
-        levels[hit] = recent.levels[buckets]
-    children, scores = _best(tokens, log_probs, log_rest, positions, sampling, tau)
-    return children[:, :num_children], scores[:, :num_children], levels
-
-
-def learn(
-    recent: RecentTable,
-    tree: Tree,
-    nodes: torch.Tensor,  # int32 [W], -1 = none
-    progress: Progress,
-    children: torch.Tensor,  # int32 [W, m]
-    log_probs: torch.Tensor,  # float32 [W, m], of the children, at the generation's temperature, without noise
-    level: int = 0,
-) -> None:
-    """Remember what a stage has just drawn at ``nodes``; of two nodes in one bucket the later one stays. A row of a
-    higher ``level`` for the same context is kept."""
-    previous, last = _contexts(tree, nodes, progress)
-    recent, children, log_probs = in_numpy(recent), children.numpy(), log_probs.numpy()
-    keys = previous * recent.vocab_size + last
-    buckets = hash_context(keys, len(recent.keys))
-    width = min(children.shape[1], recent.tokens.shape[1])
-    best = log_probs[:, :width]
-    better = (recent.keys[buckets] == keys) & (recent.levels[buckets] > level)
-    row = np.flatnonzero((keys >= 0) & (best > -math.inf).any(1) & ~better)
-    bucket, best = buckets[row], best[row]  # numpy keeps the last of equal indices
-    recent.keys[bucket], recent.levels[bucket] = keys[row], level
-    recent.tokens[bucket, :width] = children[row, :width]
-    recent.log_probs[bucket] = -math.inf
-    recent.log_probs[bucket, :width] = best
-    recent.log_rest[bucket] = np.log(np.maximum(1 - np.exp(best).sum(1), np.float32(LEAST_REST)))
-
-
-def _contexts(tree: Tree, nodes: torch.Tensor, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """Each node's own token and the one before it, in the tree or in the text, -1 where there is none: int64."""
-    tree, nodes, length = in_numpy(tree), nodes.numpy(), progress.length.numpy()[0]
-    parents, before_root = tree.parents[nodes], progress.text.numpy()[length - 2] if length > 1 else -1
-    previous = np.where(parents >= 0, tree.tokens[parents], before_root)
-    return previous.astype(np.int64), tree.tokens[nodes].astype(np.int64)
+    contexts = _contexts(tree, nodes, progress)
+    return _answers(table, recent, contexts, sampling, num_children, tau)
 
 
 def lookup(
@@ -117,36 +56,128 @@ def lookup(
     of ``draw``, with the mass outside the row as one more competitor, so that edges are not overrated.
     """
     contexts = previous.long().numpy(), last.long().numpy(), positions.numpy()
-    children, scores, _ = answers(in_numpy(table), None, *contexts, sampling, num_children, tau)
-    return torch.from_numpy(children), torch.from_numpy(scores)
+    return _answers(table, None, contexts, sampling, num_children, tau)[:2]
 
 
-def _rows(table: SuccessorTable, previous, last, sampling: Sampling) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The baked rows of contexts: tokens [N, m], log-probabilities [N, m] and of the mass outside [N], tempered."""
-    row = _probe(table, previous, last)
-    temperature = np.float32(sampling.temperature)
-    return table.tokens[row], table.log_probs[row] / temperature, table.log_rest[row] / temperature
+def learn(
+    recent: RecentTable,
+    tree: Tree,
+    nodes: torch.Tensor,  # int32 [W], -1 = none
+    progress: Progress,
+    children: torch.Tensor,  # int32 [W, m]
+    log_probs: torch.Tensor,  # float32 [W, m], of the children, at the generation's temperature, without noise
+    level: int = 0,
+) -> None:
+    """Remember what a stage has just drawn at ``nodes``; of two nodes in one bucket the later one stays. A row of a
+    higher ``level`` for the same context is kept."""
+    recent, (previous, last, _) = in_numpy(recent), _contexts(tree, nodes, progress)
+    buckets = hash_context(previous * recent.vocab_size + last, len(recent.keys))
+    _learn(recent, previous, last, buckets, children.numpy(), log_probs.numpy(), level, np.float32(LEAST_REST))
 
 
-def _probe(table: SuccessorTable, previous: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Row of each context, by linear probing from ``hash_context``."""
-    key, num_buckets = previous * table.vocab_size + last, len(table.keys)
-    buckets = (hash_context(key, num_buckets)[:, None] + _PROBES) % num_buckets
-    hit = table.keys[buckets] == key[:, None]
-    found = table.rows[buckets[np.arange(len(key)), hit.argmax(1)]]
-    return np.where(hit.any(1) & (previous >= 0), found, last)
+@compiled
+def _learn(recent, previous, last, buckets, children, log_probs, level, least_rest):
+    width = min(children.shape[1], recent.tokens.shape[1])
+    for i in range(len(buckets)):
+        key, bucket = previous[i] * recent.vocab_size + last[i], buckets[i]
+        known = recent.keys[bucket] == key and recent.levels[bucket] > level
+        if previous[i] < 0 or known or not (log_probs[i, :width] > -np.inf).any():
+            continue
+        recent.keys[bucket], recent.levels[bucket] = key, level
+        recent.log_probs[bucket] = -np.inf
+        rest = np.float32(1)
+        for column in range(width):
+            recent.tokens[bucket, column] = children[i, column]
+            recent.log_probs[bucket, column] = log_probs[i, column]
+            rest -= np.exp(log_probs[i, column])
+        recent.log_rest[bucket] = np.log(max(rest, least_rest))
 
 
-def _best(tokens, log_probs, log_rest, positions, sampling: Sampling, tau: float) -> tuple[np.ndarray, np.ndarray]:
-    """A table's row [N, m] by falling score: tokens, and edge scores with the mass outside as one more competitor."""
-    scores = log_probs
+def _contexts(tree: Tree, nodes: torch.Tensor, progress: Progress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The token before each node's own, in the tree or in the text, -1 where there is none; its own; and the position
+    of the token after it: int64 [W] each."""
+    progress = in_numpy(progress)
+    return _contexts_of(in_numpy(tree), nodes.numpy(), progress.text, progress.length)
+
+
+@compiled
+def _contexts_of(tree, nodes, text, length):
+    previous, last, positions = np.empty((3, len(nodes)), np.int64)
+    for i in range(len(nodes)):
+        parent = tree.parents[nodes[i]]
+        before_root = text[length[0] - 2] if length[0] > 1 else -1
+        previous[i] = tree.tokens[parent] if parent >= 0 else before_root
+        last[i], positions[i] = tree.tokens[nodes[i]], length[0] + tree.depths[nodes[i]]
+    return previous, last, positions
+
+
+def _answers(table: SuccessorTable, recent: RecentTable | None, contexts, sampling: Sampling, num_children, tau):
+    """``lookup_nodes`` of contexts: numpy arrays [N] of the two tokens and of the position of the next."""
+    previous, last, positions = contexts
+    table = in_numpy(table)
+    keys = previous * table.vocab_size + last
+    tokens, log_probs, log_rest = _rows(
+        table, keys, previous, last, hash_context(keys, len(table.keys)), np.float32(sampling.temperature), MAX_PROBES
+    )
+    levels = np.zeros(len(last), dtype=np.int32)
+    if recent is not None:
+        recent = in_numpy(recent)
+        buckets = hash_context(keys, len(recent.keys))
+        _remembered(recent, keys, previous, buckets, tokens, log_probs, log_rest, levels)
     if sampling.noise:
-        scores = scores + noise(seed_number(sampling.seed), positions[:, None], tokens)
-    scores, rest = scores / np.float32(tau), log_rest[:, None] / np.float32(tau)
-    largest = np.maximum(scores.max(1, keepdims=True), rest)
-    total = largest + np.log(np.exp(scores - largest).sum(1, keepdims=True) + np.exp(rest - largest))
-    order = np.argsort(-scores, axis=1, kind="stable")
-    return np.take_along_axis(tokens, order, 1), np.take_along_axis(scores, order, 1) - total
+        log_probs += noise(seed_number(sampling.seed), positions[:, None], tokens)
+    children, scores = _best(tokens, log_probs, log_rest, num_children, np.float32(tau))
+    return torch.from_numpy(children), torch.from_numpy(scores), torch.from_numpy(levels)
+
+
+@compiled
+def _rows(table, keys, previous, last, buckets, temperature, max_probes):
+    """The baked rows of contexts, by linear probing from ``buckets``: tokens [N, m], log-probabilities [N, m] and of
+    the mass outside [N], tempered."""
+    shape = len(keys), table.tokens.shape[1]
+    tokens, log_probs, log_rest = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(shape[0], np.float32)
+    for i in range(len(keys)):
+        row = last[i]
+        for probe in range(max_probes if previous[i] >= 0 else 0):
+            bucket = (buckets[i] + probe) % len(table.keys)
+            if table.keys[bucket] == keys[i]:
+                row = np.int64(table.rows[bucket])
+                break
+        tokens[i] = table.tokens[row]
+        log_probs[i] = table.log_probs[row] / temperature
+        log_rest[i] = table.log_rest[row] / temperature
+    return tokens, log_probs, log_rest
+
+
+@compiled
+def _remembered(recent, keys, previous, buckets, tokens, log_probs, log_rest, levels):
+    """Put what ``recent`` has for a context in the place of the baked row."""
+    width = min(tokens.shape[1], recent.tokens.shape[1])
+    for i in range(len(keys)):
+        bucket = buckets[i]
+        if previous[i] >= 0 and recent.keys[bucket] == keys[i]:
+            log_probs[i] = -np.inf
+            tokens[i, :width] = recent.tokens[bucket, :width]
+            log_probs[i, :width] = recent.log_probs[bucket, :width]
+            log_rest[i], levels[i] = recent.log_rest[bucket], recent.levels[bucket]
+
+
+@compiled
+def _best(tokens, scores, log_rest, num_children, tau):
+    """Rows [N, m] by falling score: the first tokens and their edge scores, with the mass outside as one more
+    competitor."""
+    num_rows, width = tokens.shape
+    count = min(num_children, width)
+    children, edges = np.empty((num_rows, count), np.int32), np.empty((num_rows, count), np.float32)
+    for i in range(num_rows):
+        of_row, rest = scores[i] / tau, log_rest[i] / tau
+        largest = max(of_row.max(), rest)
+        total = largest + np.log(np.exp(of_row - largest).sum() + np.exp(rest - largest))
+        order = np.argsort(-of_row, kind="mergesort")  # equal ones stay in their order
+        for column in range(count):
+            children[i, column] = tokens[i, order[column]]
+            edges[i, column] = of_row[order[column]] - total
+    return children, edges
 
 
 def hash_context(key: torch.Tensor, num_buckets: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Torch twins of what precedes the layers: embedding, and where the rows of a pass find keys and values.
 
-Slots are worked out in numpy on the host, once per pass. Dimension letters are explained in ``model/config.py``.
+Slots are worked out on the host, once per pass. Dimension letters are explained in ``model/config.py``.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import NULL_PAGE, ROW_BLOCK, ROW_MULTIPLE, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW, shared_end
+from kernels.layout import ROW_BLOCK, ROW_MULTIPLE, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW, shared_end
+from kernels.reference.compiled import compiled
 from kernels.reference.moments import with_moments
 
 PREFILL_ROWS = 128  # rows of one pass of a long prompt: bounds the memory it takes
@@ -75,36 +76,32 @@ def route(
 ) -> Route:
     """Resolve positions and paths to slots, once per pass, for ``layer_norm_qkv`` and ``tree_attention``."""
     device = positions.device
-
-    def put(array: np.ndarray, dtype: type) -> torch.Tensor:
-        return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
-
     arguments = (page_table, committed, sequences, positions, paths, node_slots, slot_mapping)
     page_table, committed, sequences, positions, paths, node_slots, slot_mapping = map(_on_host, arguments)
-    tails = _path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots)
-    ends, blocks, start = shared_end(positions), [], 0
+    ends = shared_end(positions)
+    tails = _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots, TAIL_LANES)
+    blocks, start = [], 0
     while start < len(positions):
-        count, tail_slots, columns = _fitting(tails[start : start + ROW_BLOCK], ends[start : start + ROW_BLOCK])
-        rows = slice(start, start + count)
-        slots, alive = _windows(page_table, page_size, sequences[rows], ends[rows])
-        alive = np.concatenate([tails[rows] >= page_size, alive], 1)
-        shared = np.broadcast_to(np.arange(TAIL_WINDOW, TAIL_WINDOW + len(slots)), (count, len(slots)))
-        columns = np.concatenate([columns, shared], 1)
+        columns, count = None, min(ROW_BLOCK, len(positions) - start)
+        while columns is None:
+            rows = slice(start, start + count)
+            slots, columns, bias, fits = _columns(
+                *(tails[rows], ends[rows], sequences[rows], page_table, page_size, TAIL_WINDOW, SHARED_WINDOW)
+            )
+            if not fits:  # one row always does
+                columns, count = None, -(-count // 2)
         if one_shape(device):  # rows of padding are all alive, so that none is NaN
             missing = [(0, ROW_BLOCK - count), (0, 0)]
-            columns, alive = np.pad(columns, missing), np.pad(alive, missing, constant_values=True)
-        bias = np.where(alive, np.float32(0), np.float32(-np.inf))
+            columns, bias = np.pad(columns, missing), np.pad(bias, missing)
         start += count
         if start == len(positions):
             rows = slice(rows.start, rows.start + ROW_BLOCK)  # with what the pass is padded with
-        blocks.append(
-            Block(
-                rows, put(np.concatenate([tail_slots, slots]), np.int64), put(columns, np.int64), put(bias, np.float32)
-            )
-        )
-    write_rows = np.flatnonzero(slot_mapping >= 0)
-    every = None if len(write_rows) == len(slot_mapping) else put(write_rows, np.int64)
-    return Route(every, put(slot_mapping[write_rows], np.int64), blocks)
+        blocks.append(Block(rows, *(torch.from_numpy(array).to(device) for array in (slots, columns, bias))))
+    write_slots, every = slot_mapping, None
+    if len(slot_mapping) and slot_mapping.min() < 0:
+        write_rows = np.flatnonzero(slot_mapping >= 0)
+        write_slots, every = slot_mapping[write_rows], torch.from_numpy(write_rows).to(device)
+    return Route(every, torch.from_numpy(write_slots.astype(np.int64)).to(device), blocks)
 
 
 def path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> torch.Tensor:
@@ -113,54 +110,78 @@ def path_slots(page_table, page_size, committed, sequences, positions, paths, no
     Lane j of a row at position p stands for position shared_end(p) + j. Committed positions are found through the page
     table, later ones through the row's path: position ``committed - 1 + d`` is its ancestor at depth d.
     """
-    later = map(_on_host, (committed, sequences, positions, paths, node_slots))
-    slots = _path_slots(_on_host(page_table), page_size, *later)
-    return torch.from_numpy(slots.astype(np.int32)).to(positions.device)
+    device, arguments = positions.device, (page_table, committed, sequences, positions, paths, node_slots)
+    page_table, committed, sequences, positions, paths, node_slots = map(_on_host, arguments)
+    ends = shared_end(positions)
+    slots = _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots, TAIL_LANES)
+    return torch.from_numpy(slots).to(device)
 
 
-def _path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> np.ndarray:
-    lanes = shared_end(positions)[:, None] + np.arange(TAIL_LANES, dtype=np.int32)  # [N, TAIL_LANES]
-    num_committed = committed[sequences][:, None]
-    in_table = np.minimum(lanes, num_committed - 1)
-    table = page_table[sequences[:, None], in_table // page_size] * page_size + in_table % page_size
-    depth = (lanes - num_committed + 1).clip(0, paths.shape[1] - 1)
-    nodes = np.take_along_axis(paths, depth, 1).clip(0)
-    slots = np.where(lanes < num_committed, table, node_slots[nodes])
-    return np.where((lanes <= positions[:, None]) & (slots >= 0), slots, NULL_PAGE)
+@compiled
+def _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots, tail_lanes):
+    slots = np.zeros((len(positions), tail_lanes), np.int32)  # the null page
+    for row in range(len(positions)):
+        sequence = sequences[row]
+        num_committed = committed[sequence]
+        for position in range(ends[row], positions[row] + 1):
+            if position < num_committed:
+                slot = page_table[sequence, position // page_size] * page_size + position % page_size
+            else:
+                depth = position - num_committed + 1
+                node = paths[row, depth] if depth < paths.shape[1] else -1
+                slot = node_slots[node] if node >= 0 else 0
+            slots[row, position - ends[row]] = max(slot, 0)
+    return slots
 
 
-def _windows(page_table, page_size, sequences, ends) -> tuple[np.ndarray, np.ndarray]:
-    """Slots [W * SHARED_WINDOW] of the windows that a block's rows share, and which lanes are alive for each row:
-    [N, W * SHARED_WINDOW]. Lanes dead for all rows read the null page."""
-    slots, alive = [], []
-    for sequence in range(len(page_table)):
-        mine = ends * (sequences == sequence)
-        end = mine.max()
-        lanes = np.arange(-(-end // SHARED_WINDOW) * SHARED_WINDOW, dtype=np.int32)
-        pages = (lanes // page_size).clip(0, page_table.shape[1] - 1)
-        found = page_table[sequence, pages] * page_size + lanes % page_size
-        slots.append(np.where(lanes < end, found, NULL_PAGE))
-        alive.append(lanes < mine[:, None])
-    return np.concatenate(slots), np.concatenate(alive, 1)
+@compiled
+def _columns(tails, ends, sequences, page_table, page_size, tail_window, shared_window):
+    """Slots int64 [C] of the columns of a block, where each lane stands, int64 [N, lanes], float32 bias of the lanes;
+    and whether the tails hold fewer than ``tail_window`` slots together.
 
-
-def _fitting(tails: np.ndarray, ends: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """How many of the first rows have tails [N, TAIL_LANES] that hold fewer than TAIL_WINDOW slots together; these in
-    the order of positions, then the null page: [TAIL_WINDOW]; and where each lane's stands: [rows, TAIL_LANES].
-
-    Row i's first lane is position ``ends[i]``. A single row always fits.
+    A row's first lane is position ``ends[row]``. The last column of the tails is the null page's. Lanes of windows
+    that are dead for all rows read it, too.
     """
-    place = np.full(tails.max() + 1, -1)
-    place[tails] = ends[:, None] + np.arange(TAIL_LANES)
-    place[NULL_PAGE] = -1
-    held = np.flatnonzero(place >= 0)
-    if len(held) >= TAIL_WINDOW:
-        half = -(-len(tails) // 2)
-        return _fitting(tails[:half], ends[:half])
-    slots = np.full(TAIL_WINDOW, NULL_PAGE)
-    slots[: len(held)] = held[np.argsort(place[held], kind="stable")]
-    place[slots] = np.arange(TAIL_WINDOW)
-    return len(tails), slots, place[tails]
+    num_rows, num_lanes = tails.shape
+    num_sequences = len(page_table)
+    widths = np.zeros(num_sequences, np.int64)  # of what each sequence's rows share
+    for row in range(num_rows):
+        width = -(-ends[row] // shared_window) * shared_window
+        widths[sequences[row]] = max(widths[sequences[row]], width)
+    slots = np.zeros(tail_window + widths.sum(), np.int64)
+    columns = np.empty((num_rows, num_lanes + widths.sum()), np.int64)
+    bias = np.full(columns.shape, np.float32(-np.inf), np.float32)
+    place = np.full(tails.max() + 1, -1, np.int64)
+    place[0] = tail_window - 1
+    count = 0
+    for position in range(ends.min(), ends.max() + num_lanes):
+        for row in range(num_rows):
+            lane = position - ends[row]
+            if 0 <= lane < num_lanes:
+                slot = tails[row, lane]
+                if place[slot] < 0:
+                    if count == tail_window - 1:
+                        return slots, columns, bias, False
+                    place[slot], slots[count] = count, slot
+                    count += 1
+                columns[row, lane] = place[slot]
+                if slot >= page_size:
+                    bias[row, lane] = 0
+    start = 0
+    for sequence in range(num_sequences):
+        end = 0
+        for row in range(num_rows):
+            columns[row, num_lanes + start : num_lanes + start + widths[sequence]] = np.arange(
+                tail_window + start, tail_window + start + widths[sequence]
+            )
+            if sequences[row] == sequence:
+                end = max(end, ends[row])
+                bias[row, num_lanes + start : num_lanes + start + ends[row]] = 0
+        for position in range(end):
+            page = page_table[sequence, position // page_size]
+            slots[tail_window + start + position] = page * page_size + position % page_size
+        start += widths[sequence]
+    return slots, columns, bias, True
 
 
 def one_shape(device: torch.device) -> bool:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels.layout import VOCAB_TILE, Sampling
+from kernels.reference.compiled import compiled
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-_MORE = 8  # scores beyond the wanted ones: room for those that equal the last
 
 
 def philox(seed: int, counters: tuple[torch.Tensor, ...], rounds: int = 10) -> tuple[torch.Tensor, ...]:
@@ -26,14 +26,19 @@ def philox(seed: int, counters: tuple[torch.Tensor, ...], rounds: int = 10) -> t
 
     ``seed`` is the 64-bit key, low word first.
     """
-    c0, c1, c2, c3 = counters
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    return _rounds(seed & _MASK, (seed >> 32) & _MASK, *counters, rounds)
+
+
+def _rounds(k0, k1, c0, c1, c2, c3, rounds):
     for _ in range(rounds):
         product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B  # the low 64 bits are right even where int64 wraps
         c0, c1 = ((product_b >> 32) & _MASK) ^ c1 ^ k0, product_b & _MASK
         c2, c3 = ((product_a >> 32) & _MASK) ^ c3 ^ k1, product_a & _MASK
         k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
     return c0, c1, c2, c3
+
+
+_compiled_rounds = compiled(_rounds)
 
 
 def gumbel_noise(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -55,7 +60,8 @@ def noise(seed: int, positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """``gumbel_noise`` in numpy, which is faster with small arrays."""
     token, position = np.broadcast_arrays(tokens.astype(np.int64), positions.astype(np.int64))
     zero = np.zeros(token.shape, dtype=np.int64)
-    uniform = (philox(seed, (token, position, zero, zero))[0] + 0.5) * 2.0**-32
+    words = _compiled_rounds(seed & _MASK, (seed >> 32) & _MASK, token.copy(), position.copy(), zero, zero, 10)
+    uniform = (words[0] + 0.5) * 2.0**-32
     return -np.log(-np.log1p(-uniform)).astype(np.float32)
 
 
@@ -83,11 +89,12 @@ def draw(
     Example: logits [0, 2, 1], greedy, two children, tau 1: token 1, children [1, 2], scores [-0.41, -1.41].
     """
     vocab_size = logits.shape[1]
-    scores, ids = _candidates(logits.float(), sampling, num_children)
+    width = min(num_children, vocab_size)
+    logits = logits.float()
+    scores, ids = _candidates(logits, sampling, width)
     plain = scores
     if sampling.noise:
         scores = scores + gumbel_noise(seed_number(sampling.seed), positions[:, None], ids)
-    width = min(num_children, vocab_size)
     best = _best(scores, width) if width else _argmax(scores)
     drawn = best[:, :1]
     if log_probs is not None:
@@ -110,30 +117,52 @@ def _argmax(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _best(scores: torch.Tensor, width: int) -> torch.Tensor:
-    """Indices of the ``width`` largest scores of each row, NaN before all, falling; equal ones by rising index.
-
-    They lie in the ``width`` best tiles, compared by their maxima, equal ones by rising index: as many scores precede
-    whatever lies in another tile.
-    """
-    if scores.shape[1] <= width * VOCAB_TILE:
-        return _ranked(scores, width)
-    if scores.device.type == "cpu":
-        values, index = (part.numpy() for part in scores.topk(width + _MORE, dim=-1))
-        complete = values[:, width - 1] > values[:, -1]  # all that equal the last of the best are there
-        if complete.all() and not np.isnan(values[:, 0]).any():  # a NaN would be the first
-            return torch.from_numpy(np.take_along_axis(index, np.lexsort((index, -values))[:, :width], 1))
-    tiles = F.pad(scores, (0, -scores.shape[1] % VOCAB_TILE), value=-math.inf).unflatten(1, (-1, VOCAB_TILE))
-    chosen = _ranked(tiles.amax(-1), width).sort(-1).values
-    found = _ranked(tiles.gather(1, chosen[..., None].expand(-1, -1, VOCAB_TILE)).flatten(1), width)
-    return chosen.gather(1, found // VOCAB_TILE) * VOCAB_TILE + found % VOCAB_TILE
+    """Indices of the ``width`` largest scores of each row, NaN before all, falling; equal ones by rising index: int64
+    [N, width]."""
+    among, ids = scores, None
+    if scores.shape[1] > width * VOCAB_TILE:
+        among, ids = largest(scores, width)
+    order = among.sort(dim=-1, descending=True, stable=True).indices[:, :width]
+    return order if ids is None else ids.gather(1, order)
 
 
-def _ranked(scores: torch.Tensor, width: int) -> torch.Tensor:
-    """``_best`` of short rows: by 64-bit keys of score and index."""
-    bits = (scores + 0.0).view(torch.int32)
-    bits = torch.where(scores.isnan(), 2**31 - 1, bits ^ (bits >> 31 & 0x7FFFFFFF))
-    last = scores.shape[1] - 1
-    return ((bits.long() << 32) + torch.arange(last, -1, -1, device=scores.device)).topk(width, dim=-1).indices
+def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` largest scores of each row [N, V], NaN above all, with those that equal the last of them, and their
+    indices, int64: [N, W], by rising index, padded with -inf."""
+    missing = -scores.shape[1] % VOCAB_TILE
+    tiles = F.pad(scores, (0, missing), value=-math.inf) if missing else scores
+    maxima = tiles.unflatten(1, (-1, VOCAB_TILE)).amax(-1).cpu().nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf).numpy()
+    found = _largest(scores.cpu().numpy(), maxima, count, VOCAB_TILE)
+    return tuple(torch.from_numpy(part).to(scores.device) for part in found)
+
+
+@compiled
+def _largest(scores, maxima, count, tile_size):
+    """``largest``; a score that precedes all others but ``count`` lies in one of the ``count`` best tiles."""
+    num_rows, size = scores.shape
+    num_tiles = maxima.shape[1]
+    values, ids, found = np.empty((num_rows, size), np.float32), np.empty((num_rows, size), np.int64), 0
+    counts = np.zeros(num_rows, np.int64)
+    for row in range(num_rows):
+        least = np.float32(-np.inf)
+        if count <= num_tiles:
+            least = np.partition(maxima[row], num_tiles - count)[num_tiles - count]
+        found = 0
+        for tile in range(num_tiles):
+            if maxima[row, tile] >= least:
+                for token in range(tile * tile_size, min(size, (tile + 1) * tile_size)):
+                    if not scores[row, token] < least:
+                        values[row, found], ids[row, found] = scores[row, token], token
+                        found += 1
+        last = np.partition(values[row, :found], found - count)[found - count]  # NaN is the largest
+        for i in range(found):
+            if not values[row, i] < last:
+                values[row, counts[row]], ids[row, counts[row]] = values[row, i], ids[row, i]
+                counts[row] += 1
+    width = counts.max()
+    for row in range(num_rows):
+        values[row, counts[row] : width], ids[row, counts[row] : width] = -np.inf, size - 1
+    return values[:, :width].copy(), ids[:, :width].copy()
 
 
 def _candidates(logits: torch.Tensor, sampling: Sampling, at_least: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,16 +174,15 @@ def _candidates(logits: torch.Tensor, sampling: Sampling, at_least: int) -> tupl
         return logits, everyone
     if not 0 < k < vocab_size:
         return _nucleus(logits / sampling.temperature, everyone, sampling), everyone
-    width = min(vocab_size, -(-max(k, at_least) // 16) * 16 + 16)  # room for ties at the k-th value: all survive
-    best, ids = logits.topk(width, dim=-1)
-    best = best / sampling.temperature
-    kth = best[:, k - 1 : k]
-    if bool((best[:, -1:] == kth).any()):  # more ties than there is room for
-        scores, ids = logits / sampling.temperature, everyone
-    else:
-        ids, order = ids.sort(-1)
-        scores = best.gather(1, order)
+    scores, ids = largest(logits / sampling.temperature, max(k, at_least))
+    kth = scores.topk(k, dim=-1).values[:, -1:]
     return _nucleus(scores.masked_fill(scores < kth, -math.inf), ids, sampling), ids
+
+
+def exp(x: torch.Tensor) -> torch.Tensor:
+    """``torch.exp``; on a CPU numpy's, for with several threads the first call in a process of MKL's, which torch's is,
+    may be right to four digits only."""
+    return torch.exp(x) if x.device.type != "cpu" else torch.from_numpy(np.exp(x.numpy()))
 
 
 def _nucleus(scores: torch.Tensor, ids: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -164,7 +192,7 @@ def _nucleus(scores: torch.Tensor, ids: torch.Tensor, sampling: Sampling) -> tor
     """
     if sampling.top_p < 1.0:
         ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-        mass = torch.exp(ordered - ordered[:, :1])
+        mass = exp(ordered - ordered[:, :1])
         total = mass.cumsum(-1)
         drop = total - mass >= sampling.top_p * total[:, -1:]
         drop[:, 0] = False

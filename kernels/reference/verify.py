@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from kernels.layout import EOS, LENGTH, RUNNING, Chain, Progress, Record, Tree
-from kernels.reference.tree import in_numpy, reroot
+from kernels.reference.compiled import compiled, in_numpy
+from kernels.reference.tree import reroot
 
 
 def verify_and_commit(
@@ -24,39 +25,43 @@ def verify_and_commit(
     have built below the new root stays, its nodes renumbered, and everything else is spare again. When the generation
     is over, or a stage gave NaN, further calls emit nothing.
     """
-    tree, progress, chain = in_numpy(tree), in_numpy(progress), in_numpy(chain)
+    nodes, progress = in_numpy(tree), in_numpy(progress)
     record = progress.record
     record[:] = 0
     record[Record.STATE] = progress.state[0]
     if progress.state[0] != RUNNING:
         return
     num_stages = len(progress.contexts)
-    if tree.failed[0] or drawn.numpy().min() < 0:
-        progress.state[0] = record[Record.STATE] = -(tree.failed[0] or num_stages)
+    if nodes.failed[0] or drawn.numpy().min() < 0:
+        progress.state[0] = record[Record.STATE] = -(nodes.failed[0] or num_stages)
         progress.reach[:, 0] = -1
         return
-    length, end, eos = int(progress.length[0]), int(progress.end[0]), progress.eos.tolist()
-    accepted, next_token, ended = verify(tree, rows, drawn, end - length - 1, tuple(eos))
-    accepted = accepted.tolist()
-    emitted = tree.tokens[accepted].tolist() + ([] if ended else [next_token])
-    _record(tree, rows.numpy()[1:], accepted, emitted, num_stages - 1, record)
+    length, end = int(progress.length[0]), int(progress.end[0])
+    rows, drawn = rows.numpy(), drawn.numpy()
+    accepted, next_token, ended = _walk(nodes, rows, drawn, end - length - 1, progress.eos)
+    emitted = nodes.tokens[accepted] if ended else np.append(nodes.tokens[accepted], next_token)
+    record[Record.EMITTED] = len(emitted)
+    record[Record.TOKENS : Record.TOKENS + len(emitted)] = emitted
+    _note_sources(
+        *(nodes, rows, accepted, num_stages - 1, record[Record.PROPOSED :]),
+        *(record[Record.SOURCES :], record[Record.TRIED :][: len(emitted)]),
+    )
     progress.text[length : length + len(emitted)] = emitted
     progress.length[0] = length + len(emitted)
-    if emitted[-1] in eos:
+    if emitted[-1] in progress.eos:
         progress.state[0] = EOS
     elif length + len(emitted) >= end:
         progress.state[0] = LENGTH
     record[Record.STATE] = progress.state[0]
-    last = accepted[-1] if accepted else 0
-    kept = [-1] if ended else reroot(tree, last, next_token).tolist()
-    for cache in range(len(chain.cached_len)):
-        _commit(chain, cache, length, accepted, kept)
+    last = int(accepted[-1]) if len(accepted) else 0
+    kept = np.array([-1], dtype=np.int32) if ended else reroot(tree, last, int(next_token)).numpy()
+    _commit(in_numpy(chain), length, accepted, kept)
     _set_reach(progress)
 
 
 def verify(
     tree: Tree,
-    rows: torch.Tensor,  # int32 [n], the nodes of the oracle's pass, root first, parents before children
+    rows: torch.Tensor,  # int32 [n], the nodes of the oracle's pass, root first, -1 = none
     drawn: torch.Tensor,  # int32 [n], the oracle's token at each of them
     max_accepted: int,
     eos_token_ids: tuple[int, ...],
@@ -70,50 +75,72 @@ def verify(
     Example: root 0 with children 1 ("a") and 2 ("b"), 3 ("c") below 1; drawn "a", "c", "x", "y" at 0, 1, 2, 3: the walk
     goes 0 -> 1 -> 3, accepted [1, 3], next token "y".
     """
-    tree = in_numpy(tree)
-    tokens, parents = tree.tokens, tree.parents
-    drawn_at = dict(zip(rows.tolist(), drawn.tolist(), strict=True))
-    child_of = {(int(parents[i]), int(tokens[i])): i for i in drawn_at if i != 0}
-    node, accepted, ended = 0, [], False
-    while len(accepted) < max_accepted and not ended:
-        child = child_of.get((node, drawn_at[node]))
-        if child is None:
+    eos = np.array(eos_token_ids, dtype=np.int32)
+    accepted, next_token, ended = _walk(in_numpy(tree), rows.numpy(), drawn.numpy(), max_accepted, eos)
+    return torch.from_numpy(accepted), int(next_token), bool(ended)
+
+
+@compiled
+def _walk(tree, rows, drawn, max_accepted, eos):
+    accepted = np.empty(len(rows), np.int32)
+    count, at, ended = 0, 0, False
+    while count < max_accepted and not ended:
+        found = -1
+        for row in range(1, len(rows)):
+            node = rows[row]
+            if node > 0 and tree.parents[node] == rows[at] and tree.tokens[node] == drawn[at]:
+                found = row
+        if found < 0:
             break
-        node = child
-        accepted.append(child)
-        ended = int(tokens[child]) in eos_token_ids
-    return torch.tensor(accepted, dtype=torch.int32), drawn_at[node], ended
+        at = found
+        accepted[count] = rows[at]
+        count += 1
+        for token in eos:
+            ended = ended or token == tree.tokens[rows[at]]
+    return accepted[:count], drawn[at], ended
 
 
-def _record(tree: Tree, nodes, accepted: list[int], emitted: list[int], oracle: int, record) -> None:
-    sources = tree.sources[nodes]
-    source, parents = dict(zip(nodes.tolist(), sources.tolist(), strict=True)), tree.parents[nodes]
-    record[Record.EMITTED] = len(emitted)
-    np.add.at(record, Record.PROPOSED + sources, 1)
-    origins = [source[node] for node in accepted] + [oracle]
-    for i, (token, visited) in enumerate(zip(emitted, [0, *accepted], strict=False)):
-        record[Record.TOKENS + i] = token
-        record[Record.SOURCES + i] = origins[i]
-        record[Record.TRIED + i] = sum(1 << stage for stage in set(sources[parents == visited].tolist()))
+@compiled
+def _note_sources(tree, rows, accepted, oracle, proposed, sources, tried):
+    """Who proposed the nodes of the pass, who each emitted token, and who a child where that one was drawn."""
+    for row in range(1, len(rows)):
+        if rows[row] > 0:
+            proposed[tree.sources[rows[row]]] += 1
+    for i in range(len(tried)):
+        sources[i] = tree.sources[accepted[i]] if i < len(accepted) else oracle
+        visited = accepted[i - 1] if i else 0
+        for row in range(1, len(rows)):
+            if rows[row] > 0 and tree.parents[rows[row]] == visited:
+                tried[i] |= 1 << tree.sources[rows[row]]
 
 
-def _commit(chain: Chain, cache: int, length: int, accepted: list[int], kept: list[int]) -> None:
-    """Link the path's K/V as far as this cache has it, rename the slots of the nodes that stay."""
-    table, slots, cached = chain.page_tables[cache], chain.node_slots[cache], chain.cached[cache]
-    stays = [node for node in kept if node >= 0]
-    if chain.cached_len[cache] == length:
-        position = length
-        for node in [*accepted, *stays[:1]]:
-            if not cached[node]:
-                break
-            table[position], slots[node] = slots[node], table[position]
-            cached[node] = 0
-            position += 1
-        chain.cached_len[cache] = position
-    inside = np.zeros(len(slots), dtype=bool)
-    inside[stays] = True
-    order = np.concatenate([np.flatnonzero(inside), np.flatnonzero(~inside)])
-    slots[:], cached[:] = slots[order], cached[order] * inside[order]
+@compiled
+def _commit(chain, length, accepted, kept):
+    """In each cache link the path's K/V as far as it has it, and rename the slots of the nodes that stay."""
+    num_caches, capacity = chain.node_slots.shape
+    for cache in range(num_caches):
+        table, slots, cached = chain.page_tables[cache], chain.node_slots[cache], chain.cached[cache]
+        if chain.cached_len[cache] == length:
+            position = length
+            for i in range(len(accepted) + 1):  # the path, then the new root
+                node = accepted[i] if i < len(accepted) else kept[0]
+                if node < 0 or not cached[node]:
+                    break
+                table[position], slots[node] = slots[node], table[position]
+                cached[node] = 0
+                position += 1
+            chain.cached_len[cache] = position
+        inside = np.zeros(capacity, np.bool_)
+        for node in kept:
+            if node >= 0:
+                inside[node] = True
+        old_slots, old_cached = slots.copy(), cached.copy()
+        count = 0
+        for staying in (True, False):
+            for node in range(capacity):
+                if inside[node] == staying:
+                    slots[count], cached[count] = old_slots[node], old_cached[node] if staying else 0
+                    count += 1
 
 
 def _set_reach(progress: Progress) -> None:
