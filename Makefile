@@ -66,3 +66,4 @@ mini: $(ENV)/.installed
 
 clean:
 	rm -rf $(ENV) .aot build dist *.egg-info
+	find kernels model decoding -name __pycache__ -prune -exec rm -rf {} +

@@ -151,7 +151,8 @@ def test_more_to_catch_up_with_than_room():
         pass_rows(reference, given, [0], num_head=2)
 
 
-def test_a_root_that_has_its_keys_and_values_already():
+@pytest.mark.parametrize("node", [0, 3], ids=["root", "node"])
+def test_a_node_that_has_its_keys_and_values_already(node):
     """It has no row, so it cannot be scored again; whoever asks for it has lost count."""
-    with pytest.raises(AssertionError, match="the root is to be scored"):
-        pass_rows(reference, state(reference), [0])
+    with pytest.raises(AssertionError, match="whose K/V the cache has already"):
+        pass_rows(reference, state(reference), [node])

@@ -1,13 +1,15 @@
-"""Loops over the few nodes of a tree, compiled by numba where it is installed and otherwise run as the Python they are.
+"""Loops over the few nodes of a tree, compiled by numba where it is installed, else run as the Python they are.
 
-The machine code is kept beside the source and made anew when that file changes. What a loop takes from elsewhere comes
-as an argument, therefore, not as a global: a constant changed in another file would go unnoticed.
+The machine code is kept beside the source and made anew when that file changes. What a loop takes from another file
+comes as an argument, therefore, not as a global: a constant changed there would go unnoticed. ``best`` below is the
+exception: after a change to it, ``make clean``.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 try:
@@ -32,3 +34,18 @@ def in_numpy(columns: NamedTuple) -> Any:
 
     Looked up by the tensors themselves, which are not resized."""
     return type(columns)(*(column.numpy() if isinstance(column, torch.Tensor) else column for column in columns))
+
+
+@compiled
+def best(values, count):
+    """The ``count`` largest of as many or more ``values`` float32, rising, NaN the largest."""
+    top = np.full(count, -np.inf, np.float32)
+    for value in values:
+        is_nan = value != value
+        if is_nan or value > top[0]:
+            place = 0
+            while place + 1 < count and (is_nan or top[place + 1] < value):
+                top[place] = top[place + 1]
+                place += 1
+            top[place] = value
+    return top

@@ -55,7 +55,7 @@ def lookup(
     A context of two tokens that the table does not hold falls back to the row of its last token. The scores are those
     of ``draw``, with the mass outside the row as one more competitor, so that edges are not overrated.
     """
-    contexts = previous.long().numpy(), last.long().numpy(), positions.numpy()
+    contexts = previous.long().numpy(), last.long().numpy(), positions.long().numpy()
     return _answers(table, None, contexts, sampling, num_children, tau)[:2]
 
 
@@ -125,7 +125,9 @@ def _answers(table: SuccessorTable, recent: RecentTable | None, contexts, sampli
         buckets = hash_context(keys, len(recent.keys))
         _remembered(recent, keys, previous, buckets, tokens, log_probs, log_rest, levels)
     if sampling.noise:
-        log_probs += noise(seed_number(sampling.seed), positions[:, None], tokens)
+        width = tokens.shape[1]
+        drawn = noise(seed_number(sampling.seed), positions.repeat(width), tokens.astype(np.int64).ravel())
+        log_probs += drawn.reshape(-1, width)
     children, scores = _best(tokens, log_probs, log_rest, num_children, np.float32(tau))
     return torch.from_numpy(children), torch.from_numpy(scores), torch.from_numpy(levels)
 
@@ -143,8 +145,9 @@ def _rows(table, keys, previous, last, buckets, temperature, max_probes):
             if table.keys[bucket] == keys[i]:
                 row = np.int64(table.rows[bucket])
                 break
-        tokens[i] = table.tokens[row]
-        log_probs[i] = table.log_probs[row] / temperature
+        for column in range(shape[1]):
+            tokens[i, column] = table.tokens[row, column]
+            log_probs[i, column] = table.log_probs[row, column] / temperature
         log_rest[i] = table.log_rest[row] / temperature
     return tokens, log_probs, log_rest
 
@@ -157,8 +160,9 @@ def _remembered(recent, keys, previous, buckets, tokens, log_probs, log_rest, le
         bucket = buckets[i]
         if previous[i] >= 0 and recent.keys[bucket] == keys[i]:
             log_probs[i] = -np.inf
-            tokens[i, :width] = recent.tokens[bucket, :width]
-            log_probs[i, :width] = recent.log_probs[bucket, :width]
+            for column in range(width):
+                tokens[i, column] = recent.tokens[bucket, column]
+                log_probs[i, column] = recent.log_probs[bucket, column]
             log_rest[i], levels[i] = recent.log_rest[bucket], recent.levels[bucket]
 
 
@@ -173,10 +177,10 @@ def _best(tokens, scores, log_rest, num_children, tau):
         of_row, rest = scores[i] / tau, log_rest[i] / tau
         largest = max(of_row.max(), rest)
         total = largest + np.log(np.exp(of_row - largest).sum() + np.exp(rest - largest))
-        order = np.argsort(-of_row, kind="mergesort")  # equal ones stay in their order
         for column in range(count):
-            children[i, column] = tokens[i, order[column]]
-            edges[i, column] = of_row[order[column]] - total
+            at = of_row.argmax()  # the first of equal ones
+            children[i, column], edges[i, column] = tokens[i, at], of_row[at] - total
+            of_row[at] = -np.inf
     return children, edges
 
 

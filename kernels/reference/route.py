@@ -171,9 +171,8 @@ def _columns(tails, ends, sequences, page_table, page_size, tail_window, shared_
     for sequence in range(num_sequences):
         end = 0
         for row in range(num_rows):
-            columns[row, num_lanes + start : num_lanes + start + widths[sequence]] = np.arange(
-                tail_window + start, tail_window + start + widths[sequence]
-            )
+            for lane in range(widths[sequence]):
+                columns[row, num_lanes + start + lane] = tail_window + start + lane
             if sequences[row] == sequence:
                 end = max(end, ends[row])
                 bias[row, num_lanes + start : num_lanes + start + ends[row]] = 0

@@ -61,7 +61,9 @@ def _rows(tree, nodes, text, first, length, chain, cache, num_rows):
         row = row_of_node[node]
         if row >= 0:
             tokens[row], positions[row] = tree.tokens[node], length - 1 + tree.depths[node]
-            slots[row], paths[row] = chain.node_slots[cache, node], tree.paths[node]
+            slots[row] = chain.node_slots[cache, node]
+            for level in range(paths.shape[1]):
+                paths[row, level] = tree.paths[node, level]
 
     kept, row_of, draw_positions = np.empty_like(nodes), np.empty(len(nodes), np.int64), np.empty_like(nodes)
     num_kept = 0

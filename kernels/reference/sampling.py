@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.layout import VOCAB_TILE, Sampling
-from kernels.reference.compiled import compiled
+from kernels.reference.compiled import best, compiled
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -47,9 +47,10 @@ def gumbel_noise(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> to
     With u the first Philox word of counter (token, position, 0, 0) over 2^32, the noise is -log(-log(1 - u)). Large
     noise comes from u near 0, where the words are 2^-32 apart, so that rare tokens are drawn at their rate.
     """
-    if tokens.device.type == "cpu":
-        return torch.from_numpy(noise(seed, positions.numpy(), tokens.numpy()))
     token, position = torch.broadcast_tensors(tokens.long(), positions.long())
+    if token.device.type == "cpu":
+        flat = noise(seed, position.flatten().numpy(), token.flatten().numpy())
+        return torch.from_numpy(flat).view(token.shape)
     zero = torch.zeros_like(token)
     word = philox(seed, (token, position, zero, zero))[0]
     uniform = (word.double() + 0.5) * 2.0**-32
@@ -57,12 +58,19 @@ def gumbel_noise(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> to
 
 
 def noise(seed: int, positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """``gumbel_noise`` in numpy, which is faster with small arrays."""
-    token, position = np.broadcast_arrays(tokens.astype(np.int64), positions.astype(np.int64))
-    zero = np.zeros(token.shape, dtype=np.int64)
-    words = _compiled_rounds(seed & _MASK, (seed >> 32) & _MASK, token.copy(), position.copy(), zero, zero, 10)
-    uniform = (words[0] + 0.5) * 2.0**-32
-    return -np.log(-np.log1p(-uniform)).astype(np.float32)
+    """``gumbel_noise`` of flat int64 arrays, in numpy."""
+    return _noise(seed & _MASK, (seed >> 32) & _MASK, positions, tokens)
+
+
+@compiled
+def noise_of(words):
+    """Gumbel noise float32 of Philox words int64, both flat."""
+    return (-np.log(-np.log1p(-((words + 0.5) * 2.0**-32)))).astype(np.float32)
+
+
+@compiled
+def _noise(k0, k1, positions, tokens):
+    return noise_of(_compiled_rounds(k0, k1, tokens, positions, 0 * tokens, 0 * tokens, 10)[0])
 
 
 def seed_number(words: torch.Tensor) -> int:
@@ -95,8 +103,8 @@ def draw(
     plain = scores
     if sampling.noise:
         scores = scores + gumbel_noise(seed_number(sampling.seed), positions[:, None], ids)
-    best = _best(scores, width) if width else _argmax(scores)
-    drawn = best[:, :1]
+    ranked = _ranked(scores, width) if width else _argmax(scores)
+    drawn = ranked[:, :1]
     if log_probs is not None:
         log_probs.copy_(plain.log_softmax(-1).gather(1, drawn).squeeze(1))
     ids = ids.expand_as(scores)
@@ -104,9 +112,9 @@ def draw(
     if width == 0:
         return tokens, tokens.new_empty(len(tokens), 0), scores.new_empty(len(tokens), 0)
     if child_log_probs is not None:
-        child_log_probs.copy_(plain.log_softmax(-1).gather(1, best))
-    edges = (scores / tau).log_softmax(-1).gather(1, best)
-    return tokens, ids.gather(1, best).int(), edges
+        child_log_probs.copy_(plain.log_softmax(-1).gather(1, ranked))
+    edges = (scores / tau).log_softmax(-1).gather(1, ranked)
+    return tokens, ids.gather(1, ranked).int(), edges
 
 
 def _argmax(scores: torch.Tensor) -> torch.Tensor:
@@ -116,7 +124,7 @@ def _argmax(scores: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scores.numpy().argmax(-1))[:, None]  # 10 times as fast as torch
 
 
-def _best(scores: torch.Tensor, width: int) -> torch.Tensor:
+def _ranked(scores: torch.Tensor, width: int) -> torch.Tensor:
     """Indices of the ``width`` largest scores of each row, NaN before all, falling; equal ones by rising index: int64
     [N, width]."""
     among, ids = scores, None
@@ -126,38 +134,40 @@ def _best(scores: torch.Tensor, width: int) -> torch.Tensor:
     return order if ids is None else ids.gather(1, order)
 
 
-def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(scores: torch.Tensor, count: int, survivors: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` largest scores of each row [N, V], NaN above all, with those that equal the last of them, and their
-    indices, int64: [N, W], by rising index, padded with -inf."""
+    indices, int64: [N, W], by rising index, padded with -inf. Scores below the ``survivors``-th are -inf, too."""
     missing = -scores.shape[1] % VOCAB_TILE
     tiles = F.pad(scores, (0, missing), value=-math.inf) if missing else scores
-    maxima = tiles.unflatten(1, (-1, VOCAB_TILE)).amax(-1).cpu().nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf).numpy()
-    found = _largest(scores.cpu().numpy(), maxima, count, VOCAB_TILE)
+    maxima = tiles.unflatten(1, (-1, VOCAB_TILE)).amax(-1)
+    found = _largest(scores.cpu().numpy(), maxima.cpu().numpy(), count, survivors or count, VOCAB_TILE)
     return tuple(torch.from_numpy(part).to(scores.device) for part in found)
 
 
 @compiled
-def _largest(scores, maxima, count, tile_size):
-    """``largest``; a score that precedes all others but ``count`` lies in one of the ``count`` best tiles."""
+def _largest(scores, maxima, count, survivors, tile_size):
+    """``largest``: what is among the first ``count`` lies in one of the ``count`` best tiles. NaN is never less."""
     num_rows, size = scores.shape
     num_tiles = maxima.shape[1]
-    values, ids, found = np.empty((num_rows, size), np.float32), np.empty((num_rows, size), np.int64), 0
+    values, ids = np.empty((num_rows, size), np.float32), np.empty((num_rows, size), np.int64)
     counts = np.zeros(num_rows, np.int64)
     for row in range(num_rows):
         least = np.float32(-np.inf)
         if count <= num_tiles:
-            least = np.partition(maxima[row], num_tiles - count)[num_tiles - count]
+            least = best(maxima[row], count)[0]
         found = 0
         for tile in range(num_tiles):
-            if maxima[row, tile] >= least:
+            if not maxima[row, tile] < least:
                 for token in range(tile * tile_size, min(size, (tile + 1) * tile_size)):
                     if not scores[row, token] < least:
                         values[row, found], ids[row, found] = scores[row, token], token
                         found += 1
-        last = np.partition(values[row, :found], found - count)[found - count]  # NaN is the largest
+        top = best(values[row, :found], count)
+        last, kth = top[0], top[count - survivors]
         for i in range(found):
-            if not values[row, i] < last:
-                values[row, counts[row]], ids[row, counts[row]] = values[row, i], ids[row, i]
+            score = values[row, i]
+            if not score < last:
+                values[row, counts[row]], ids[row, counts[row]] = -np.inf if score < kth else score, ids[row, i]
                 counts[row] += 1
     width = counts.max()
     for row in range(num_rows):
@@ -174,9 +184,8 @@ def _candidates(logits: torch.Tensor, sampling: Sampling, at_least: int) -> tupl
         return logits, everyone
     if not 0 < k < vocab_size:
         return _nucleus(logits / sampling.temperature, everyone, sampling), everyone
-    scores, ids = largest(logits / sampling.temperature, max(k, at_least))
-    kth = scores.topk(k, dim=-1).values[:, -1:]
-    return _nucleus(scores.masked_fill(scores < kth, -math.inf), ids, sampling), ids
+    scores, ids = largest(logits / sampling.temperature, max(k, at_least), k)
+    return _nucleus(scores, ids, sampling), ids
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kernels.layout import DEPTH_LIMIT, Tree
-from kernels.reference.compiled import compiled, in_numpy
+from kernels.reference.compiled import best, compiled, in_numpy
 
 
 def new_tree(capacity: int, device: torch.device | str = "cpu", root: int | None = None) -> Tree:
@@ -48,17 +48,25 @@ def select_nodes(
 
 @compiled
 def _select(tree, stage, width, max_depth, min_score):
-    found = np.empty(tree.num_nodes[0], np.int32)
-    count = 0
+    found, count = np.empty(tree.num_nodes[0], np.int32), 0
     for node in range(len(found)):
         if tree.scored[node] < stage and tree.depths[node] <= max_depth and tree.path_scores[node] > min_score:
             found[count] = node
             count += 1
-    found = found[:count]
-    if count > width:
-        order = np.argsort(-tree.path_scores[found], kind="mergesort")  # equal ones stay in their order
-        found = np.sort(found[order[:width]])
-    return found
+    if count <= width:
+        return found[:count]
+    least = best(tree.path_scores[found[:count]], width)[0]
+    num_above = 0
+    for node in found[:count]:
+        num_above += tree.path_scores[node] > least
+    kept, room = 0, width - num_above  # for those that equal the last, lowest index first
+    for node in found[:count]:
+        score = tree.path_scores[node]
+        if score > least or (score == least and room > 0):
+            room -= score == least
+            found[kept] = node
+            kept += 1
+    return found[:kept]
 
 
 def insert_children(
@@ -111,7 +119,8 @@ def _insert(tree, stage, nodes, children, scores, levels, max_depth):
                 depth = tree.depths[node] + 1
                 tree.tokens[n], tree.parents[n], tree.depths[n] = token, node, depth
                 tree.edge_scores[n], tree.sources[n], tree.scored[n] = score, stage, -1
-                tree.paths[n] = tree.paths[node]
+                for level in range(tree.paths.shape[1]):
+                    tree.paths[n, level] = tree.paths[node, level] if level < depth else -1
                 tree.paths[n, depth] = n
                 n += 1
     tree.num_nodes[0] = n
