@@ -1,6 +1,6 @@
 """The figures and the picture of the README's first screen: every method on the demo prompts, one coloured completion.
 
-    python -m profiling.demo [--tokens 128] [--repeats 3] [--out profiling/results]
+    python -m profiling.demo [--dtype DTYPE] [--tokens 128] [--repeats 3] [--out profiling/results]
 
 The same comparison as ``make demo``, greedy and sampled; the median of ``--repeats`` runs by tokens per second. Writes
 ``demo.json``, ``demo.md`` and ``demo.svg``.
@@ -67,11 +67,12 @@ def picture(text: Text, key: Text) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="auto", help="float32 or bfloat16; default: what suits this processor")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("profiling/results"))
     flags = parser.parse_args()
-    decoder = StagedDecoder.from_pretrained()
+    decoder = StagedDecoder.from_pretrained(dtype=flags.dtype)
     hf = HFGenerate(str(BUNDLED / "oracle"), decoder.oracle.model.dtype, decoder.oracle.model.device)
     tables, outputs = {}, {}
     for setting, sampling in SETTINGS.items():

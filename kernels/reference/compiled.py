@@ -23,9 +23,9 @@ def compiled(loop: Callable) -> Callable:
     if njit is None:
         return loop
     try:
-        return njit(loop, cache=True, nogil=True)
+        return njit(loop, cache=True)
     except RuntimeError:  # no folder to keep it in
-        return njit(loop, nogil=True)
+        return njit(loop)
 
 
 @lru_cache(maxsize=64)

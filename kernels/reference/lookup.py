@@ -77,12 +77,13 @@ def learn(
 
 @compiled
 def _learn(recent, previous, last, buckets, children, log_probs, level, least_rest):
-    width = min(children.shape[1], recent.tokens.shape[1])
-    for i in range(len(buckets)):
+    width, is_new = min(children.shape[1], recent.tokens.shape[1]), np.empty(len(buckets), np.bool_)
+    for i in range(len(buckets)):  # before any of them is written
         key, bucket = previous[i] * recent.vocab_size + last[i], buckets[i]
         known = recent.keys[bucket] == key and recent.levels[bucket] > level
-        if previous[i] < 0 or known or not (log_probs[i, :width] > -np.inf).any():
-            continue
+        is_new[i] = previous[i] >= 0 and not known and (log_probs[i, :width] > -np.inf).any()
+    for i in np.flatnonzero(is_new):
+        key, bucket = previous[i] * recent.vocab_size + last[i], buckets[i]
         recent.keys[bucket], recent.levels[bucket] = key, level
         recent.log_probs[bucket] = -np.inf
         rest = np.float32(1)

@@ -176,8 +176,8 @@ def _columns(tails, ends, sequences, page_table, page_size, tail_window, shared_
             if sequences[row] == sequence:
                 end = max(end, ends[row])
                 bias[row, num_lanes + start : num_lanes + start + ends[row]] = 0
-        for position in range(end):
-            page = page_table[sequence, position // page_size]
+        for position in range(end):  # of a padding row, any
+            page = page_table[sequence, min(position // page_size, page_table.shape[1] - 1)]
             slots[tail_window + start + position] = page * page_size + position % page_size
         start += widths[sequence]
     return slots, columns, bias, True

@@ -150,7 +150,7 @@ def _largest(scores, maxima, count, survivors, tile_size):
     num_rows, size = scores.shape
     num_tiles = maxima.shape[1]
     values, ids = np.empty((num_rows, size), np.float32), np.empty((num_rows, size), np.int64)
-    counts = np.zeros(num_rows, np.int64)
+    counts, width = np.zeros(num_rows, np.int64), count
     for row in range(num_rows):
         least = np.float32(-np.inf)
         if count <= num_tiles:
@@ -169,7 +169,7 @@ def _largest(scores, maxima, count, survivors, tile_size):
             if not score < last:
                 values[row, counts[row]], ids[row, counts[row]] = -np.inf if score < kth else score, ids[row, i]
                 counts[row] += 1
-    width = counts.max()
+        width = max(width, counts[row])
     for row in range(num_rows):
         values[row, counts[row] : width], ids[row, counts[row] : width] = -np.inf, size - 1
     return values[:, :width].copy(), ids[:, :width].copy()

@@ -53,8 +53,8 @@ def _select(tree, stage, width, max_depth, min_score):
         if tree.scored[node] < stage and tree.depths[node] <= max_depth and tree.path_scores[node] > min_score:
             found[count] = node
             count += 1
-    if count <= width:
-        return found[:count]
+    if count <= width or width == 0:
+        return found[: min(count, width)]
     least = best(tree.path_scores[found[:count]], width)[0]
     num_above = 0
     for node in found[:count]:

@@ -1,0 +1,71 @@
+"""The loops of the twins: as machine code and as Python they do the same, and what they are made of does as it says."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.reference.compiled import best
+from kernels.reference.sampling import largest
+
+WORKED_BY_HAND = ["test_tree.py", "test_rows_of_a_pass.py", "test_verify_and_commit.py", "test_lookup_nodes.py"]
+
+
+def test_without_numba():
+    """Where numba is not installed the same loops run as Python: every case worked by hand, indices checked."""
+    run = "import sys, pytest; sys.modules['numba'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    files = [f"tests/{name}" for name in WORKED_BY_HAND]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    done = subprocess.run(
+        [sys.executable, "-c", run, "-q", "-p", "no:cacheprovider", "-k", "not triton", *files],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+@pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling", "nan", "-inf"])
+def test_best(kind, count):
+    values = np.random.default_rng(count).standard_normal(40).astype(np.float32)
+    if kind == "ties":
+        values = np.round(values)
+    elif kind in ("rising", "falling"):
+        values = np.sort(values)[:: 1 if kind == "rising" else -1].copy()
+    elif kind != "random":
+        values[3:30:5] = float(kind)
+    assert np.array_equal(best(values, count), np.sort(values)[40 - count :], equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [64, 65, 1000, 8192])
+@pytest.mark.parametrize("values", ["random", "ties", "equal", "NaN", "-inf"])
+@pytest.mark.parametrize(("count", "survivors"), [(1, None), (8, 3), (50, 50), (64, 1)])
+def test_largest(size, values, count, survivors):
+    """Against a stable sort: what is at least the ``count``-th, by rising index; below the ``survivors``-th -inf."""
+    scores = torch.randn(5, size)
+    if values == "ties":
+        scores = scores.mul(2).round()
+    elif values == "equal":
+        scores = torch.zeros(5, size)
+    elif values != "random":
+        scores[torch.rand(5, size) < 0.3] = float(values)
+        scores[4] = float(values)
+    found, ids = largest(scores, count, survivors)
+    assert found.shape == ids.shape and (ids.diff(dim=1) >= 0).all()
+    for row, mine, places in zip(scores, found, ids, strict=True):
+        ordered = row.sort(descending=True).values  # NaN first
+        wanted = (~(row < ordered[count - 1])).nonzero().flatten()
+        expected = row[wanted].masked_fill(row[wanted] < ordered[(survivors or count) - 1], -torch.inf)
+        assert places[: len(wanted)].tolist() == wanted.tolist()
+        torch.testing.assert_close(mine[: len(wanted)], expected, rtol=0, atol=0, equal_nan=True)
+        assert (mine[len(wanted) :] == -torch.inf).all()
+
+
+def test_largest_of_no_rows():
+    found, ids = largest(torch.empty(0, 100), 5)
+    assert found.shape == ids.shape == (0, 5)
