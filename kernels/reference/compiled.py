@@ -1,10 +1,11 @@
 """Loops over the few nodes of a tree, compiled by numba where it is installed, else run as the Python they are.
 
-The machine code is kept beside the source and made anew when that file changes. What a loop takes from another file
-comes as an argument, therefore, not as a global: a constant changed there would go unnoticed. ``best`` below is the
-exception: after a change to it, ``make clean``.
+numba keeps the machine code, in ``__pycache__`` beside the source where it can, and makes it anew when that file
+changes, but not when another one does. So what a loop takes from elsewhere comes as an argument, not as a global; after
+a change to the structures of ``kernels/layout.py`` or to ``best`` below, ``make clean``.
 """
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,10 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+_log = logging.getLogger(__name__)
+
 try:
     from numba import njit
-except ImportError:
+except ImportError as error:
+    _log.warning("the torch backend runs its loops as Python, for numba cannot be imported: %s", error)
     njit = None
+
+COMPILES = njit is not None
 
 
 def compiled(loop: Callable) -> Callable:
@@ -28,7 +34,7 @@ def compiled(loop: Callable) -> Callable:
         return njit(loop)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # it keeps what it has seen last alive
 def in_numpy(columns: NamedTuple) -> Any:
     """The same structure over numpy views of its tensors, which must lie on the host; other members stay.
 
@@ -38,7 +44,8 @@ def in_numpy(columns: NamedTuple) -> Any:
 
 @compiled
 def best(values, count):
-    """The ``count`` largest of as many or more ``values`` float32, rising, NaN the largest."""
+    """The ``count`` largest, at least 1, of as many or more ``values`` float32, rising, NaN the largest. By insertion:
+    for few."""
     top = np.full(count, -np.inf, np.float32)
     for value in values:
         is_nan = value != value

@@ -103,8 +103,11 @@ def _contexts(tree: Tree, nodes: torch.Tensor, progress: Progress) -> tuple[np.n
 
 @compiled
 def _contexts_of(tree, nodes, text, length):
-    previous, last, positions = np.empty((3, len(nodes)), np.int64)
+    previous, last, positions = np.zeros((3, len(nodes)), np.int64)
     for i in range(len(nodes)):
+        if nodes[i] < 0:
+            previous[i] = -1
+            continue
         parent = tree.parents[nodes[i]]
         before_root = text[length[0] - 2] if length[0] > 1 else -1
         previous[i] = tree.tokens[parent] if parent >= 0 else before_root
@@ -170,7 +173,7 @@ def _remembered(recent, keys, previous, buckets, tokens, log_probs, log_rest, le
 @compiled
 def _best(tokens, scores, log_rest, num_children, tau):
     """Rows [N, m] by falling score: the first tokens and their edge scores, with the mass outside as one more
-    competitor."""
+    competitor; tokens under -inf mean nothing."""
     num_rows, width = tokens.shape
     count = min(num_children, width)
     children, edges = np.empty((num_rows, count), np.int32), np.empty((num_rows, count), np.float32)

@@ -27,6 +27,7 @@ def stage_rows(
     last ones first. The caches count all of them as seen.
     """
     progress, nodes = in_numpy(progress), nodes.numpy()
+    nodes = nodes[nodes >= 0]
     length, first = int(progress.length[0]), int(chain.cached_len.numpy()[cache])
     if reach.numpy()[0] < 0:
         first, nodes = length, nodes[:0]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.layout import VOCAB_TILE, Sampling
-from kernels.reference.compiled import best, compiled
+from kernels.reference.compiled import COMPILES, best, compiled
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -137,11 +137,27 @@ def _ranked(scores: torch.Tensor, width: int) -> torch.Tensor:
 def largest(scores: torch.Tensor, count: int, survivors: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` largest scores of each row [N, V], NaN above all, with those that equal the last of them, and their
     indices, int64: [N, W], by rising index, padded with -inf. Scores below the ``survivors``-th are -inf, too."""
+    survivors = survivors or count
+    if count > VOCAB_TILE or not COMPILES or scores.device.type != "cpu":
+        return by_topk(scores, count, survivors)
     missing = -scores.shape[1] % VOCAB_TILE
     tiles = F.pad(scores, (0, missing), value=-math.inf) if missing else scores
     maxima = tiles.unflatten(1, (-1, VOCAB_TILE)).amax(-1)
-    found = _largest(scores.cpu().numpy(), maxima.cpu().numpy(), count, survivors or count, VOCAB_TILE)
-    return tuple(torch.from_numpy(part).to(scores.device) for part in found)
+    return tuple(map(torch.from_numpy, _largest(scores.numpy(), maxima.numpy(), count, survivors, VOCAB_TILE)))
+
+
+def by_topk(scores: torch.Tensor, count: int, survivors: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``largest``, for any ``count`` and device."""
+    top = scores.topk(count, dim=-1).values
+    last, kth = top[:, -1:], top[:, survivors - 1 : survivors]
+    wanted = ~(scores < last)
+    width = max([count, *wanted.sum(1).tolist()])
+    values = scores.new_full((len(scores), width), -math.inf)
+    ids = torch.full_like(values, scores.shape[1] - 1, dtype=torch.int64)
+    row, token = wanted.nonzero(as_tuple=True)
+    place = wanted.cumsum(1)[row, token] - 1
+    values[row, place], ids[row, place] = scores.masked_fill(scores < kth, -math.inf)[row, token], token
+    return values, ids
 
 
 @compiled

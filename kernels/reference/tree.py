@@ -86,7 +86,7 @@ def insert_children(
     """
     levels = torch.full_like(nodes, stage) if levels is None else levels
     columns = (nodes.numpy(), children.numpy(), scores.numpy(), levels.numpy())
-    _insert(in_numpy(tree), stage, *columns, _number(max_depth))
+    _insert(in_numpy(tree), stage, *columns, min(_number(max_depth), DEPTH_LIMIT))
 
 
 @compiled

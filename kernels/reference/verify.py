@@ -31,13 +31,12 @@ def verify_and_commit(
     record[Record.STATE] = progress.state[0]
     if progress.state[0] != RUNNING:
         return
-    num_stages = len(progress.contexts)
-    if nodes.failed[0] or drawn.numpy().min() < 0:
+    num_stages, rows, drawn = len(progress.contexts), rows.numpy(), drawn.numpy()
+    if nodes.failed[0] or drawn[rows >= 0].min() < 0:
         progress.state[0] = record[Record.STATE] = -(nodes.failed[0] or num_stages)
         progress.reach[:, 0] = -1
         return
     length, end = int(progress.length[0]), int(progress.end[0])
-    rows, drawn = rows.numpy(), drawn.numpy()
     accepted, next_token, ended = _walk(nodes, rows, drawn, end - length - 1, progress.eos)
     emitted = nodes.tokens[accepted] if ended else np.append(nodes.tokens[accepted], next_token)
     record[Record.EMITTED] = len(emitted)
