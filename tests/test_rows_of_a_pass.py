@@ -156,3 +156,8 @@ def test_a_node_that_has_its_keys_and_values_already(node):
     """It has no row, so it cannot be scored again; whoever asks for it has lost count."""
     with pytest.raises(AssertionError, match="whose K/V the cache has already"):
         pass_rows(reference, state(reference), [node])
+
+
+def test_none_among_the_nodes_is_left_out():
+    """The twins need no -1 for padding, and take none for a node."""
+    assert pass_rows(reference, state(reference), [2, -1]) == pass_rows(reference, state(reference), [2])
