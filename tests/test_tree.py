@@ -347,3 +347,17 @@ def test_invariants_hold_after_any_operations(capacity):
     for _ in range(300):
         random_step(tree, rng, vocab_size=4)
         check_invariants(tree)
+
+
+def test_the_cheapest_stage_that_proposes_a_child_is_its_source():
+    tree = new_tree(8, root=7)
+    for stage in (1, 0, 2):
+        insert_children(tree, stage, int32(0), int32(5)[None], torch.tensor([[-1.0]]), 8)
+    assert tree.sources[1] == 0 and tree.num_nodes == 2
+
+
+def test_no_child_below_the_deepest_a_path_can_hold():
+    tree = new_tree(DEPTH_LIMIT + 3, root=7)
+    for node in range(DEPTH_LIMIT + 1):
+        insert_children(tree, 0, int32(node), int32(5)[None], torch.tensor([[-1.0]]), DEPTH_LIMIT + 8)
+    assert tree.num_nodes == DEPTH_LIMIT + 1 and tree.depths.max() == DEPTH_LIMIT
