@@ -151,8 +151,8 @@ def default_speculation(
         return SpeculationConfig(drafts[-1:], (4,), (4,), (4,), budget=rows - 1, max_depth=8)
     lookup = ("draft2",) if "draft2" in available else ()
     n, m = len(lookup), len(drafts)
-    rounds = (2,) * (n + m - 1) + (draft_rounds if n + m > 1 else 2,)
-    widths, children = (6,) * n + (rows - 1,) * m, (4,) * (n + m)
+    rounds = (4,) * n + (2,) * (m - 1) + (draft_rounds,) * min(m, 1)  # a look-up costs next to nothing
+    widths, children = (4,) * n + (rows - 1,) * m, (4,) * n + (6,) * m
     return SpeculationConfig(lookup + drafts, rounds, widths, children, rows - 1, 12, min_prob=min_prob)
 
 

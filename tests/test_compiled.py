@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.reference.compiled import best
 from kernels.reference.sampling import _noise, by_topk, largest
 
 WORKED_BY_HAND = ["tree", "rows_of_a_pass", "verify_and_commit", "lookup_nodes", "attention_by_hand", "noise"]
@@ -27,19 +26,6 @@ def test_without_numba():
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 40])
-@pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling", "nan", "-inf"])
-def test_best(kind, count):
-    values = np.random.default_rng(count).standard_normal(40).astype(np.float32)
-    if kind == "ties":
-        values = np.round(values)
-    elif kind in ("rising", "falling"):
-        values = np.sort(values)[:: 1 if kind == "rising" else -1].copy()
-    elif kind != "random":
-        values[3:30:5] = float(kind)
-    assert np.array_equal(best(values, count), np.sort(values)[40 - count :], equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [64, 65, 1000, 8192])

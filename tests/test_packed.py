@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kernels import gpu, reference
 from kernels.layout import ROW_BLOCK, ROW_MULTIPLE
-from kernels.reference import attention
+from kernels.reference import attention, linear
 from kernels.reference.linear import Packed
 from tests.helpers import assert_same_rows
 
@@ -63,11 +63,16 @@ def test_what_16_bits_would_round_is_kept_whole():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 17])
-def test_rows_are_padded_once_a_pass(rows):
+@pytest.mark.parametrize(
+    ("dtype", "native", "multiple"),
+    [(torch.float32, True, ROW_MULTIPLE), (torch.bfloat16, False, ROW_MULTIPLE), (torch.bfloat16, True, ROW_BLOCK)],
+)
+def test_rows_are_padded_once_a_pass(rows, dtype, native, multiple, monkeypatch):
     """With zeros, to what every product wants; a GPU's tiles are padded on the chip."""
-    x = torch.randn(rows, 8)
+    monkeypatch.setattr(linear, "matrices_are_native", lambda dtype: native)
+    x = torch.randn(rows, 8).to(dtype)
     padded = reference.pad_rows(x)
-    assert len(padded) % ROW_MULTIPLE == 0 and rows <= len(padded) < rows + ROW_MULTIPLE
+    assert len(padded) % multiple == 0 and rows <= len(padded) < rows + multiple
     assert torch.equal(padded[:rows], x) and not padded[rows:].any()
     assert gpu.pad_rows(x) is x
 
@@ -133,7 +138,7 @@ def test_attention_in_blocks(found, num_rows, start, monkeypatch):
 
     together = attend(slice(None))
     blocks = reference.route(table, 1, committed, sequences, positions, *rest).blocks
-    assert all(len(range(len(together))[block.rows]) <= ROW_BLOCK for block in blocks)
+    assert all(len(range(len(together))[block.rows]) == len(block.ends) <= ROW_BLOCK for block in blocks)
     assert [i for block in blocks for i in range(len(q))[block.rows]] == list(range(len(q)))
     for row, (sequence, position) in enumerate(zip(sequences.tolist(), positions.tolist(), strict=True)):
         held = table[sequence, : position + 1].long()

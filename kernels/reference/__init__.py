@@ -9,10 +9,11 @@ from kernels.reference.linear import (
     lm_head,
     new_tile_maxima,
     packed,
+    pad_rows,
 )
 from kernels.reference.lookup import hash_context, learn, lookup, lookup_nodes, new_recent
 from kernels.reference.moments import new_moments
-from kernels.reference.route import DRAFT_MIN_PROB, DRAFT_ROUNDS, PREFILL_ROWS, embed, pad_rows, path_slots, route
+from kernels.reference.route import DRAFT_MIN_PROB, DRAFT_ROUNDS, PREFILL_ROWS, embed, path_slots, route
 from kernels.reference.rows import stage_rows
 from kernels.reference.sampling import draw, gumbel_noise, philox, seed_number
 from kernels.reference.state import capturable, new_chain, new_progress, new_seed, state_device

@@ -1,25 +1,29 @@
 """Torch twin of tree attention, bit-exact in the number of rows.
 
 The keys of a few rows stand in columns: those of all tails, each once and in the order of positions, then the windows
-that the rows share. Every row picks its lanes from the scores of all columns, its own tail's first; a dead lane has
-weight zero. A softmax over more windows, dead for the row, adds whole vectors of zeros to the same sums. The weights go
-back to the columns, and the weighted sums are taken tail first, then window by window.
+that the rows share. One product gives the scores of all rows and columns; every row takes its softmax over its own
+lanes, its tail's first, as many as its position says; the weights go back to the columns, zeros to the others, and the
+weighted sums are taken tail first, then window by window.
 
 That is exact where a score does not depend on the column that its key stands in, and where a product adds up its
-columns one after the other, so that a zero weight changes no bit. Where that was not found, tails are multiplied row by
-row.
+columns one after the other, so that a zero weight changes no bit. Where that was not found, on a GPU, and without
+numba, tails are multiplied row by row.
 """
 
 import functools
+import itertools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW
+from kernels.reference.compiled import COMPILES, compiled
 from kernels.reference.linear import agreeing_multiple
 from kernels.reference.route import Block, Route, one_shape
 
 MOST_COLUMNS = TAIL_WINDOW + 8 * SHARED_WINDOW  # of a product, as many as are tried: GPT-2's context
+_PARTS = 16  # partial sums of a softmax; TAIL_LANES and what a row sees of windows are multiples of it
 
 
 def tree_attention(
@@ -30,66 +34,170 @@ def tree_attention(
     scale: float,
 ) -> torch.Tensor:
     """Each row attends to its own path: softmax(scale q k) v -> [N, H * D], sums in float32. Padding rows give 0."""
-    parts = [_attention_block(q[block.rows].float(), k_cache, v_cache, block, scale) for block in route.blocks]
-    mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
-    missing = len(q) - len(mixed)  # padding beyond a last block that is full
-    return (F.pad(mixed, (0, 0, 0, missing)) if missing else mixed).to(q.dtype)
+    heads, dim = q.shape[1:]
+    multiple, agree = ROW_BLOCK, False
+    if not one_shape(q.device):
+        multiple, agree = agreeing(heads, dim, torch.get_num_threads())
+    attend = _by_columns if agree and COMPILES else _by_rows
+    mixed = q.new_zeros(len(q), heads, dim)
+    for block in route.blocks:
+        mixed[block.rows] = attend(q[block.rows], k_cache, v_cache, block, scale, multiple)
+    return mixed.flatten(1)
 
 
-def _attention_block(q, k_cache, v_cache, block: Block, scale: float) -> torch.Tensor:
-    """At most ROW_BLOCK rows: float32 [N, H * D]."""
-    num_rows, heads, dim = q.shape
-    multiple, agree = (ROW_BLOCK, False) if one_shape(q.device) else agreeing(heads, dim, torch.get_num_threads())
-    by_head = _padded(q.transpose(0, 1), -(-num_rows // multiple) * multiple)  # [H, R, D]
-    rows = block.head_rows(heads)
-    keys, values = (_gather(cache, rows).view(heads, -1, dim) for cache in (k_cache, v_cache))  # [H, C, D]
-    if agree:
-        products = [torch.bmm(by_head, some.transpose(1, 2)) for some in keys.split(MOST_COLUMNS, 1)]
-        scores = products[0] if len(products) == 1 else torch.cat(products, -1)
-        scores = scores.gather(2, block.columns.expand(heads, -1, -1))
+class _Workspace:
+    """What the products of a block read and write, in every layer of a pass: float32, by head."""
+
+    def __init__(self, block: Block, heads: int, dim: int, multiple: int):
+        num_rows, num_columns = len(block.ends), len(block.slots)
+        padded = -(-num_rows // multiple) * multiple
+        self.by_head = torch.empty(heads, padded, dim)
+        keys, values = torch.empty(heads, num_columns, dim), torch.empty(heads, num_columns, dim)
+        self.scores, self.mixed = torch.empty(heads, padded, num_columns), torch.empty(heads, padded, dim)
+        self.keys = [some.transpose(1, 2) for some in keys.split(MOST_COLUMNS, 1)]
+        starts = [0, *range(TAIL_WINDOW, num_columns + 1, SHARED_WINDOW)]
+        self.windows = [(self.scores[..., i:j], values[:, i:j]) for i, j in itertools.pairwise(starts)]
+        self.by_row = self.mixed[:, :num_rows].transpose(0, 1)
+        self.gathered = [_integers(to) for to in (self.by_head, keys, values)]
+        self.weighed = self.scores.numpy()
+
+
+def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int) -> torch.Tensor:
+    """The rows of ``block``: float32 [N, H, D]."""
+    if block.workspace is None:
+        block.workspace = _Workspace(block, *q.shape[1:], multiple)
+    space = block.workspace
+    arrays, shift = _as_integers(q, k_cache, v_cache)
+    _gather(*arrays, block.slots, shift, *space.gathered)
+    if len(space.keys) == 1:
+        torch.bmm(space.by_head, space.keys[0], out=space.scores)
     else:
-        scores = _scores(by_head, keys, block)
-    weights = torch.softmax(torch.add(block.bias, scores, alpha=scale), -1)  # [H, live, lanes]
-    spread = keys.new_zeros(heads, by_head.shape[1], keys.shape[1])
-    spread.scatter_(2, block.columns.expand(heads, -1, -1), weights)
-    if agree:
-        mixed = torch.bmm(spread[..., :TAIL_WINDOW], values[:, :TAIL_WINDOW])
-    else:
-        mixed = _padded(_tail_sums(weights[..., :TAIL_LANES], values, block), by_head.shape[1])
-    for start in range(TAIL_WINDOW, keys.shape[1], SHARED_WINDOW):
-        window = slice(start, start + SHARED_WINDOW)
-        mixed.baddbmm_(spread[..., window], values[:, window])
-    return mixed[:, :num_rows].transpose(0, 1).flatten(1)
+        torch.cat([torch.bmm(space.by_head, some) for some in space.keys], -1, out=space.scores)
+    lanes = block.columns, block.live, block.firsts, block.ends
+    _weigh(space.weighed, *lanes, np.float32(scale), TAIL_WINDOW, _PARTS)
+    torch.bmm(*space.windows[0], out=space.mixed)
+    for window in space.windows[1:]:
+        space.mixed.baddbmm_(*window)
+    return space.by_row
 
 
-def _gather(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` of a cache seen as [slots * H, D], in float32."""
-    return cache.flatten(0, 1).index_select(0, rows).float()
+def _as_integers(*tensors: torch.Tensor) -> tuple[list[np.ndarray], np.int32]:
+    """Their bits as integers, and how far to shift those for float32's."""
+    if tensors[0].dtype == torch.bfloat16:
+        return [tensor.view(torch.int16).numpy() for tensor in tensors], np.int32(16)
+    return [_integers(tensor.float()) for tensor in tensors], np.int32(0)
+
+
+def _integers(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(torch.int32).numpy()
+
+
+@compiled
+def _gather(q, k_cache, v_cache, slots, shift, by_head, keys, values):
+    """Queries, the last row repeated where rows lack, and the keys and values of ``slots``, by head."""
+    heads, dim = q.shape[1], q.shape[2]
+    for head in range(heads):
+        for row in range(by_head.shape[1]):
+            source = min(row, len(q) - 1)
+            for i in range(dim):
+                by_head[head, row, i] = np.int32(q[source, head, i]) << shift
+        for column in range(len(slots)):
+            slot = slots[column]
+            for i in range(dim):
+                keys[head, column, i] = np.int32(k_cache[slot, head, i]) << shift
+            for i in range(dim):
+                values[head, column, i] = np.int32(v_cache[slot, head, i]) << shift
+
+
+@compiled
+def _weigh(scores, columns, live, firsts, ends, scale, tail_window, num_parts):
+    """Scores [H, R, C] become weights, in place: of row r's lanes their softmax, of all other columns zero."""
+    num_lanes = columns.shape[1]
+    values = np.empty(num_lanes + scores.shape[2], np.float32)
+    parts = np.empty(num_parts, np.float32)
+    for head in range(scores.shape[0]):
+        for row in range(scores.shape[1]):
+            if row >= len(columns):
+                scores[head, row] = 0
+                continue
+            first, end = tail_window + firsts[row], ends[row]
+            for lane in range(num_lanes):
+                score = scores[head, row, columns[row, lane]] * scale
+                values[lane] = score if live[row, lane] else np.float32(-np.inf)
+            for lane in range(end):
+                values[num_lanes + lane] = scores[head, row, first + lane] * scale
+            _softmax(values[: num_lanes + end], parts)
+            scores[head, row] = 0
+            for lane in range(num_lanes):
+                if live[row, lane]:
+                    scores[head, row, columns[row, lane]] = values[lane]
+            for lane in range(end):
+                scores[head, row, first + lane] = values[num_lanes + lane]
+
+
+@compiled
+def _softmax(values, parts):
+    """In place, over a multiple of ``len(parts)`` values. Sums are taken part by part, so that they fill vectors.
+
+    exp(x) = 2^k exp(r), r at most log(2) / 2 from 0, and the polynomial of exp(r) is that of expf in Cephes (Moshier).
+    """
+    count, width = len(values), len(parts)
+    parts[:] = -np.inf
+    for start in range(0, count, width):
+        for i in range(width):
+            if values[start + i] > parts[i]:
+                parts[i] = values[start + i]
+    largest = parts.max()
+    if largest == -np.inf:  # all lanes are dead or NaN
+        largest = np.float32(0)
+    for i in range(count):
+        x = values[i] - largest
+        x = np.float32(-87) if x < np.float32(-87) else x  # NaN stays
+        k = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+        r = x - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
+        p = np.float32(1.9875691500e-4)
+        p = p * r + np.float32(1.3981999507e-3)
+        p = p * r + np.float32(8.3334519073e-3)
+        p = p * r + np.float32(4.1665795894e-2)
+        p = p * r + np.float32(1.6666665459e-1)
+        p = p * r + np.float32(5.0000001201e-1)
+        power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
+        values[i] = (p * (r * r) + r + np.float32(1)) * power
+    parts[:] = 0
+    for start in range(0, count, width):
+        for i in range(width):
+            parts[i] += values[start + i]
+    total = np.float32(0)
+    for i in range(width):
+        total += parts[i]
+    for i in range(count):
+        values[i] /= total
+
+
+def _by_rows(q, k_cache, v_cache, block: Block, scale: float, multiple: int) -> torch.Tensor:
+    """The rows of ``block``, tails row by row and windows in products of one shape: float32 [N, H, D]."""
+    slots, columns, bias = block.on(q.device)
+    live = len(columns)
+    by_head = _padded(q.float().transpose(0, 1), -(-live // multiple) * multiple)
+    heads, _, dim = by_head.shape
+    keys, values = (cache.index_select(0, slots).float().transpose(0, 1) for cache in (k_cache, v_cache))  # [H, C, D]
+    each = _each(by_head[:, :live].reshape(-1, 1, dim), keys[:, columns].flatten(0, 1).transpose(1, 2))
+    windows = [slice(start, start + SHARED_WINDOW) for start in range(TAIL_WINDOW, len(slots), SHARED_WINDOW)]
+    shared = [torch.bmm(by_head, keys[:, window].transpose(1, 2))[:, :live] for window in windows]
+    scores = torch.cat([each.view(heads, live, TAIL_LANES), *shared], -1)
+    weights = torch.softmax(torch.add(bias, scores, alpha=scale), -1)  # [H, live, lanes]
+    tails = weights[..., :TAIL_LANES].reshape(-1, 1, TAIL_LANES)
+    mixed = _padded(_each(tails, values[:, columns].flatten(0, 1)).view(heads, live, dim), by_head.shape[1])
+    for window in windows:
+        shift = TAIL_LANES - TAIL_WINDOW
+        some = weights[..., window.start + shift : window.stop + shift]
+        mixed.baddbmm_(_padded(some, by_head.shape[1]), values[:, window])
+    return mixed[:, : len(q)].transpose(0, 1)
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
     """``x`` [H, N, C] with zeros below, [H, rows, C]."""
     return x if x.shape[1] == rows else F.pad(x, (0, 0, 0, rows - x.shape[1]))
-
-
-def _of_tails(x: torch.Tensor, block: Block) -> torch.Tensor:
-    """What of ``x`` [H, C, D] each row's tail holds: [H * live, TAIL_LANES, D]."""
-    return x[:, block.columns[:, :TAIL_LANES]].flatten(0, 1)
-
-
-def _scores(by_head: torch.Tensor, keys: torch.Tensor, block: Block) -> torch.Tensor:
-    """Scores of all lanes [H, live, lanes], tails row by row, windows in products of one shape."""
-    heads, live, dim = len(by_head), len(block.columns), by_head.shape[2]
-    each = _each(by_head[:, :live].reshape(-1, 1, dim), _of_tails(keys, block).transpose(1, 2))
-    windows = keys[:, TAIL_WINDOW:].transpose(1, 2).split(SHARED_WINDOW, -1)
-    shared = [torch.bmm(by_head, window)[:, :live] for window in windows if window.shape[2]]
-    return torch.cat([each.view(heads, live, TAIL_LANES), *shared], -1)
-
-
-def _tail_sums(weights: torch.Tensor, values: torch.Tensor, block: Block) -> torch.Tensor:
-    """Weighted sums over tails, row by row: [H, live, D]."""
-    heads, live, lanes = weights.shape
-    return _each(weights.reshape(-1, 1, lanes), _of_tails(values, block)).view(heads, live, -1)
 
 
 def _each(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 numba keeps the machine code, in ``__pycache__`` beside the source where it can, and makes it anew when that file
 changes, but not when another one does. So what a loop takes from elsewhere comes as an argument, not as a global; after
-a change to the structures of ``kernels/layout.py`` or to ``best`` below, ``make clean``.
+a change to the structures of ``kernels/layout.py``, ``make clean``.
 """
 
 import logging
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 _log = logging.getLogger(__name__)
@@ -40,19 +39,3 @@ def in_numpy(columns: NamedTuple) -> Any:
 
     Looked up by the tensors themselves, which are not resized."""
     return type(columns)(*(column.numpy() if isinstance(column, torch.Tensor) else column for column in columns))
-
-
-@compiled
-def best(values, count):
-    """The ``count`` largest, at least 1, of as many or more ``values`` float32, rising, NaN the largest. By insertion:
-    for few."""
-    top = np.full(count, -np.inf, np.float32)
-    for value in values:
-        is_nan = value != value
-        if is_nan or value > top[0]:
-            place = 0
-            while place + 1 < count and (is_nan or top[place + 1] < value):
-                top[place] = top[place + 1]
-                place += 1
-            top[place] = value
-    return top

@@ -109,6 +109,12 @@ def cheap_rows(device: torch.device, dtype: torch.dtype) -> int:
     return ROW_BLOCK // 2 if on_vectors else ROW_BLOCK
 
 
+def pad_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [N, C] with rows of zeros below, as every product of a pass wants them, so that few pad it again."""
+    whole = x.dtype != torch.float32 and matrices_are_native(x.dtype)  # ``Packed.multiple``
+    return F.pad(x, (0, 0, 0, -len(x) % (ROW_BLOCK if whole else ROW_MULTIPLE)))
+
+
 def matrices_are_native(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of ``dtype`` with instructions of this processor."""
     if not torch.backends.mkldnn.is_available():

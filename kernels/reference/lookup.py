@@ -10,6 +10,14 @@ from kernels.reference.compiled import compiled, in_numpy
 from kernels.reference.sampling import noise, seed_number
 
 
+def hash_context(key: torch.Tensor, num_buckets: int) -> torch.Tensor:
+    """First bucket of int64 ``key`` in a table of ``num_buckets`` (a power of two): Fibonacci hashing, 32 bits."""
+    return ((key * (0x9E3779B97F4A7C15 - 2**64) >> 32) & 0xFFFFFFFF) % num_buckets
+
+
+_hash = compiled(hash_context)
+
+
 def new_recent(num_buckets: int, width: int, vocab_size: int, device: torch.device | str = "cpu") -> RecentTable:
     """An empty table for the ``width`` best successors of each context."""
     with torch.inference_mode(False):  # it outlives the generation that made it
@@ -70,13 +78,13 @@ def learn(
 ) -> None:
     """Remember what a stage has just drawn at ``nodes``; of two nodes in one bucket the later one stays. A row of a
     higher ``level`` for the same context is kept."""
-    recent, (previous, last, _) = in_numpy(recent), _contexts(tree, nodes, progress)
-    buckets = hash_context(previous * recent.vocab_size + last, len(recent.keys))
-    _learn(recent, previous, last, buckets, children.numpy(), log_probs.numpy(), level, np.float32(LEAST_REST))
+    previous, last, _ = _contexts(tree, nodes, progress)
+    _learn(in_numpy(recent), previous, last, children.numpy(), log_probs.numpy(), level, np.float32(LEAST_REST))
 
 
 @compiled
-def _learn(recent, previous, last, buckets, children, log_probs, level, least_rest):
+def _learn(recent, previous, last, children, log_probs, level, least_rest):
+    buckets = _hash(previous * recent.vocab_size + last, len(recent.keys))
     width, is_new = min(children.shape[1], recent.tokens.shape[1]), np.empty(len(buckets), np.bool_)
     for i in range(len(buckets)):  # before any of them is written
         key, bucket = previous[i] * recent.vocab_size + last[i], buckets[i]
@@ -117,35 +125,31 @@ def _contexts_of(tree, nodes, text, length):
 
 def _answers(table: SuccessorTable, recent: RecentTable | None, contexts, sampling: Sampling, num_children, tau):
     """``lookup_nodes`` of contexts: numpy arrays [N] of the two tokens and of the position of the next."""
-    previous, last, positions = contexts
     table = in_numpy(table)
-    keys = previous * table.vocab_size + last
-    tokens, log_probs, log_rest = _rows(
-        table, keys, previous, last, hash_context(keys, len(table.keys)), np.float32(sampling.temperature), MAX_PROBES
+    recent = None if recent is None else in_numpy(recent)
+    tokens, log_probs, log_rest, levels = _rows(
+        table, recent, *contexts[:2], np.float32(sampling.temperature), MAX_PROBES
     )
-    levels = np.zeros(len(last), dtype=np.int32)
-    if recent is not None:
-        recent = in_numpy(recent)
-        buckets = hash_context(keys, len(recent.keys))
-        _remembered(recent, keys, previous, buckets, tokens, log_probs, log_rest, levels)
     if sampling.noise:
-        width = tokens.shape[1]
-        drawn = noise(seed_number(sampling.seed), positions.repeat(width), tokens.astype(np.int64).ravel())
-        log_probs += drawn.reshape(-1, width)
+        positions = np.repeat(contexts[2], tokens.shape[1])
+        log_probs += noise(seed_number(sampling.seed), positions, tokens.ravel()).reshape(tokens.shape)
     children, scores = _best(tokens, log_probs, log_rest, num_children, np.float32(tau))
     return torch.from_numpy(children), torch.from_numpy(scores), torch.from_numpy(levels)
 
 
 @compiled
-def _rows(table, keys, previous, last, buckets, temperature, max_probes):
-    """The baked rows of contexts, by linear probing from ``buckets``: tokens [N, m], log-probabilities [N, m] and of
-    the mass outside [N], tempered."""
-    shape = len(keys), table.tokens.shape[1]
-    tokens, log_probs, log_rest = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(shape[0], np.float32)
+def _rows(table, recent, previous, last, temperature, max_probes):
+    """What is known of contexts: tokens int64 [N, m], log-probabilities [N, m] and of the mass outside [N], tempered;
+    and the level of a remembered row, else 0. A baked row is found by linear probing; ``recent`` goes before it."""
+    shape = len(last), table.tokens.shape[1]
+    tokens, log_probs, log_rest = np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape[0], np.float32)
+    levels = np.zeros(shape[0], np.int32)
+    keys = previous * table.vocab_size + last
+    firsts = _hash(keys, len(table.keys))
     for i in range(len(keys)):
         row = last[i]
         for probe in range(max_probes if previous[i] >= 0 else 0):
-            bucket = (buckets[i] + probe) % len(table.keys)
+            bucket = (firsts[i] + probe) % len(table.keys)
             if table.keys[bucket] == keys[i]:
                 row = np.int64(table.rows[bucket])
                 break
@@ -153,21 +157,17 @@ def _rows(table, keys, previous, last, buckets, temperature, max_probes):
             tokens[i, column] = table.tokens[row, column]
             log_probs[i, column] = table.log_probs[row, column] / temperature
         log_rest[i] = table.log_rest[row] / temperature
-    return tokens, log_probs, log_rest
-
-
-@compiled
-def _remembered(recent, keys, previous, buckets, tokens, log_probs, log_rest, levels):
-    """Put what ``recent`` has for a context in the place of the baked row."""
-    width = min(tokens.shape[1], recent.tokens.shape[1])
-    for i in range(len(keys)):
-        bucket = buckets[i]
-        if previous[i] >= 0 and recent.keys[bucket] == keys[i]:
-            log_probs[i] = -np.inf
-            for column in range(width):
-                tokens[i, column] = recent.tokens[bucket, column]
-                log_probs[i, column] = recent.log_probs[bucket, column]
-            log_rest[i], levels[i] = recent.log_rest[bucket], recent.levels[bucket]
+    if recent is not None:
+        buckets, width = _hash(keys, len(recent.keys)), min(shape[1], recent.tokens.shape[1])
+        for i in range(len(keys)):
+            bucket = buckets[i]
+            if previous[i] >= 0 and recent.keys[bucket] == keys[i]:
+                log_probs[i] = -np.inf
+                for column in range(width):
+                    tokens[i, column] = recent.tokens[bucket, column]
+                    log_probs[i, column] = recent.log_probs[bucket, column]
+                log_rest[i], levels[i] = recent.log_rest[bucket], recent.levels[bucket]
+    return tokens, log_probs, log_rest, levels
 
 
 @compiled
@@ -186,8 +186,3 @@ def _best(tokens, scores, log_rest, num_children, tau):
             children[i, column], edges[i, column] = tokens[i, at], of_row[at] - total
             of_row[at] = -np.inf
     return children, edges
-
-
-def hash_context(key: torch.Tensor, num_buckets: int) -> torch.Tensor:
-    """First bucket of int64 ``key`` in a table of ``num_buckets`` (a power of two): Fibonacci hashing, 32 bits."""
-    return ((key * (0x9E3779B97F4A7C15 - 2**64) >> 32) & 0xFFFFFFFF) % num_buckets

@@ -3,14 +3,13 @@
 Slots are worked out on the host, once per pass. Dimension letters are explained in ``model/config.py``.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from kernels.layout import ROW_BLOCK, ROW_MULTIPLE, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW, shared_end
+from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW, shared_end
 from kernels.reference.compiled import compiled
 from kernels.reference.moments import with_moments
 
@@ -30,30 +29,27 @@ def embed(
     return with_moments(wte.index_select(0, tokens) + wpe.index_select(0, positions), moments)
 
 
-def pad_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [N, C] with the rows that every product of a pass wants below, so that none pads it again."""
-    return F.pad(x, (0, 0, 0, -len(x) % ROW_MULTIPLE))
-
-
 @dataclass
 class Block:
-    """What a few rows read. Their keys stand in C columns: first what their tails hold, each slot once, in the order of
-    positions; then, from TAIL_WINDOW on, W windows of SHARED_WINDOW consecutive positions. A row's lanes are those of
-    its own tail, then those of the windows."""
+    """What a few consecutive rows read, as numpy arrays. Their keys stand in C columns: first what their tails hold,
+    each slot once, in the order of positions; then, from TAIL_WINDOW on, windows of SHARED_WINDOW consecutive positions
+    of each sequence. A row's lanes are the TAIL_LANES of its own tail, then its sequence's windows."""
 
-    rows: slice  # ROW_BLOCK of them at most
-    slots: torch.Tensor  # int64 [C], of the columns
-    columns: torch.Tensor  # int64 [N, TAIL_LANES + W * SHARED_WINDOW], where each lane stands; on a GPU ROW_BLOCK rows
-    bias: torch.Tensor  # float32 [N, TAIL_LANES + W * SHARED_WINDOW], 0 or, for a dead lane, -inf
-    _by_heads: dict[int, torch.Tensor] = field(default_factory=dict)
+    rows: slice
+    slots: np.ndarray  # int64 [C], of the columns
+    columns: np.ndarray  # int64 [N, TAIL_LANES], where each lane of a tail stands
+    live: np.ndarray  # bool [N, TAIL_LANES], whether it holds a key
+    firsts: np.ndarray  # int64 [N], where the row's windows begin, counted from TAIL_WINDOW on
+    ends: np.ndarray  # int64 [N], how many positions of them the row sees
+    workspace: Any = None  # of the layers of this pass, which all have the same shape
 
-    def head_rows(self, heads: int) -> torch.Tensor:
-        """The columns' rows in a cache seen as [slots * H, D]: int64 [H * C]. The same for every layer, so worked out
-        once."""
-        if heads not in self._by_heads:
-            head = torch.arange(heads, device=self.slots.device)[:, None]
-            self._by_heads[heads] = (self.slots * heads + head).flatten()
-        return self._by_heads[heads]
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``slots``, ``columns`` and the bias of all lanes, the columns of windows standing for theirs: float32
+        [N, TAIL_LANES + windows], 0 or, for a dead lane, -inf."""
+        lanes = np.arange(len(self.slots) - TAIL_WINDOW) - self.firsts[:, None]
+        alive = np.concatenate([self.live, (lanes >= 0) & (lanes < self.ends[:, None])], 1)
+        bias = np.where(alive, np.float32(0), np.float32(-np.inf))
+        return tuple(torch.from_numpy(array).to(device) for array in (self.slots, self.columns, bias))
 
 
 class Route(NamedTuple):
@@ -82,21 +78,22 @@ def route(
     tails = _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots, TAIL_LANES)
     blocks, start = [], 0
     while start < len(positions):
-        columns, count = None, min(ROW_BLOCK, len(positions) - start)
-        while columns is None:
+        count, fits = min(ROW_BLOCK, len(positions) - start), False
+        while not fits:  # one row always does
             rows = slice(start, start + count)
-            slots, columns, bias, fits = _columns(
+            *arrays, fits = _columns(
                 *(tails[rows], ends[rows], sequences[rows], page_table, page_size, TAIL_WINDOW, SHARED_WINDOW)
             )
-            if not fits:  # one row always does
-                columns, count = None, -(-count // 2)
-        if one_shape(device):  # rows of padding are all alive, so that none is NaN
-            missing = [(0, ROW_BLOCK - count), (0, 0)]
-            columns, bias = np.pad(columns, missing), np.pad(bias, missing)
+            count = count if fits else -(-count // 2)
+        if one_shape(device):  # rows of padding see the null page, so that none is NaN
+            slots, *of_rows = arrays
+            arrays = (
+                slots,
+                *(np.pad(array, [(0, ROW_BLOCK - count)] + [(0, 0)] * (array.ndim - 1)) for array in of_rows),
+            )
+            arrays[2][count:] = True
+        blocks.append(Block(rows, *arrays))
         start += count
-        if start == len(positions):
-            rows = slice(rows.start, rows.start + ROW_BLOCK)  # with what the pass is padded with
-        blocks.append(Block(rows, *(torch.from_numpy(array).to(device) for array in (slots, columns, bias))))
     write_slots, every = slot_mapping, None
     if len(slot_mapping) and slot_mapping.min() < 0:
         write_rows = np.flatnonzero(slot_mapping >= 0)
@@ -136,21 +133,20 @@ def _path_slots(page_table, page_size, committed, sequences, positions, ends, pa
 
 @compiled
 def _columns(tails, ends, sequences, page_table, page_size, tail_window, shared_window):
-    """Slots int64 [C] of the columns of a block, where each lane stands, int64 [N, lanes], float32 bias of the lanes;
-    and whether the tails hold fewer than ``tail_window`` slots together.
+    """The arrays of a ``Block`` from ``slots`` on; whether the tails hold fewer than ``tail_window`` slots together.
 
-    A row's first lane is position ``ends[row]``. The last column of the tails is the null page's. Lanes of windows
-    that are dead for all rows read it, too.
+    A row's first lane is position ``ends[row]``. The last column of the tails is the null page's; columns of windows
+    that no row sees read it, too.
     """
     num_rows, num_lanes = tails.shape
     num_sequences = len(page_table)
-    widths = np.zeros(num_sequences, np.int64)  # of what each sequence's rows share
+    seen = np.zeros(num_sequences, np.int64)  # positions of each sequence in windows
     for row in range(num_rows):
-        width = -(-ends[row] // shared_window) * shared_window
-        widths[sequences[row]] = max(widths[sequences[row]], width)
+        seen[sequences[row]] = max(seen[sequences[row]], ends[row])
+    widths = -(-seen // shared_window) * shared_window
     slots = np.zeros(tail_window + widths.sum(), np.int64)
-    columns = np.empty((num_rows, num_lanes + widths.sum()), np.int64)
-    bias = np.full(columns.shape, np.float32(-np.inf), np.float32)
+    columns, live = np.empty(tails.shape, np.int64), np.empty(tails.shape, np.bool_)
+    firsts, counts = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
     place = np.full(tails.max() + 1, -1, np.int64)
     place[0] = tail_window - 1
     count = 0
@@ -161,26 +157,20 @@ def _columns(tails, ends, sequences, page_table, page_size, tail_window, shared_
                 slot = tails[row, lane]
                 if place[slot] < 0:
                     if count == tail_window - 1:
-                        return slots, columns, bias, False
+                        return slots, columns, live, firsts, counts, False
                     place[slot], slots[count] = count, slot
                     count += 1
-                columns[row, lane] = place[slot]
-                if slot >= page_size:
-                    bias[row, lane] = 0
-    start = 0
+                columns[row, lane], live[row, lane] = place[slot], slot >= page_size
+    first = 0
     for sequence in range(num_sequences):
-        end = 0
         for row in range(num_rows):
-            for lane in range(widths[sequence]):
-                columns[row, num_lanes + start + lane] = tail_window + start + lane
             if sequences[row] == sequence:
-                end = max(end, ends[row])
-                bias[row, num_lanes + start : num_lanes + start + ends[row]] = 0
-        for position in range(end):  # of a padding row, any
+                firsts[row], counts[row] = first, ends[row]
+        for position in range(seen[sequence]):  # of a padding row, any
             page = page_table[sequence, min(position // page_size, page_table.shape[1] - 1)]
-            slots[tail_window + start + position] = page * page_size + position % page_size
-        start += widths[sequence]
-    return slots, columns, bias, True
+            slots[tail_window + first + position] = page * page_size + position % page_size
+        first += widths[sequence]
+    return slots, columns, live, firsts, counts, True
 
 
 def one_shape(device: torch.device) -> bool:

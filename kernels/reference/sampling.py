@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.layout import VOCAB_TILE, Sampling
-from kernels.reference.compiled import COMPILES, best, compiled
+from kernels.reference.compiled import COMPILES, compiled
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -111,9 +111,10 @@ def draw(
     tokens = ids.gather(1, drawn).masked_fill(scores.gather(1, drawn).isnan(), -1).int().squeeze(1)
     if width == 0:
         return tokens, tokens.new_empty(len(tokens), 0), scores.new_empty(len(tokens), 0)
+    edges = (scores if tau == 1 else scores / tau).log_softmax(-1).gather(1, ranked)
     if child_log_probs is not None:
-        child_log_probs.copy_(plain.log_softmax(-1).gather(1, ranked))
-    edges = (scores / tau).log_softmax(-1).gather(1, ranked)
+        are_edges = tau == 1 and not sampling.noise
+        child_log_probs.copy_(edges if are_edges else plain.log_softmax(-1).gather(1, ranked))
     return tokens, ids.gather(1, ranked).int(), edges
 
 
@@ -170,7 +171,7 @@ def _largest(scores, maxima, count, survivors, tile_size):
     for row in range(num_rows):
         least = np.float32(-np.inf)
         if count <= num_tiles:
-            least = best(maxima[row], count)[0]
+            least = np.partition(maxima[row], num_tiles - count)[num_tiles - count]
         found = 0
         for tile in range(num_tiles):
             if not maxima[row, tile] < least:
@@ -178,8 +179,8 @@ def _largest(scores, maxima, count, survivors, tile_size):
                     if not scores[row, token] < least:
                         values[row, found], ids[row, found] = scores[row, token], token
                         found += 1
-        top = best(values[row, :found], count)
-        last, kth = top[0], top[count - survivors]
+        rising = np.sort(values[row, :found])
+        last, kth = rising[found - count], rising[found - survivors]
         for i in range(found):
             score = values[row, i]
             if not score < last:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kernels.layout import DEPTH_LIMIT, Tree
-from kernels.reference.compiled import best, compiled, in_numpy
+from kernels.reference.compiled import compiled, in_numpy
 
 
 def new_tree(capacity: int, device: torch.device | str = "cpu", root: int | None = None) -> Tree:
@@ -55,7 +55,7 @@ def _select(tree, stage, width, max_depth, min_score):
             count += 1
     if count <= width or width == 0:
         return found[: min(count, width)]
-    least = best(tree.path_scores[found[:count]], width)[0]
+    least = np.partition(tree.path_scores[found[:count]], count - width)[count - width]
     num_above = 0
     for node in found[:count]:
         num_above += tree.path_scores[node] > least
