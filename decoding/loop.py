@@ -83,6 +83,9 @@ class Generation:
             return
         tree, progress, _ = self.state
         stage, config = self.lower[index], self.config
+        if stage.is_table:
+            stage.extend(self.state, config, self.lower_sampling)
+            return
         for _ in range(config.rounds[index]):
             self._propose(index - 1)
             least = config.min_score if index else -math.inf

@@ -63,6 +63,7 @@ class Stage(Protocol):
     memory: tuple  # what passes read and write beside the shared state; all of it outlives a generation
     in_use: threading.Lock  # held by the one generation that may use the stage
     remembers: int  # children of a node that it takes note of when a stage above draws
+    is_table: bool  # the lowest stage of its chain, asked by ``extend`` alone, not by ``score``
 
     def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> Lease | None:
         """Forget the last generation and read the prompt; None from a stage without a cache."""
@@ -74,6 +75,9 @@ class Stage(Protocol):
         self, state: State, index: int, nodes: torch.Tensor, sampling: Sampling, num_children: int, tau: float
     ) -> Scored:
         """One pass as stage ``index`` of the chain; nodes that found no room are left out of the result."""
+
+    def extend(self, state: State, config: SpeculationConfig, sampling: Sampling) -> None:
+        """All rounds of a table: look up the best nodes that no stage has scored and insert what it says."""
 
     def learn(self, state: State, verdict: Scored, level: int) -> None:
         """Take note of what the stage above stage ``level`` has just drawn."""
@@ -121,7 +125,7 @@ class KatzStage(_Counters):
     """
 
     context = 2**30
-    num_recent, remembers = 2**14, 8  # 1.3 MB
+    num_recent, remembers, is_table = 2**14, 8, True  # 1.3 MB
 
     def __init__(self, name: str, table: SuccessorTable, ops: ModuleType):
         self.name, self.table, self.ops = name, table, ops
@@ -145,13 +149,11 @@ class KatzStage(_Counters):
     def begin_iteration(self, num_head: int) -> None:
         pass
 
-    def score(self, state, index, nodes, sampling, num_children, tau):
+    def extend(self, state, config, sampling):
         start = time.perf_counter()
-        children, scores, levels = self.ops.lookup_nodes(
-            self.table, state.tree, nodes, state.progress, sampling, num_children, tau, self.recent
-        )
-        self._add_work(1, len(nodes), start)
-        return Scored(nodes, children[:, 0], children, scores, None, levels)
+        shape = config.rounds[0], config.widths[0], config.children[0]
+        rows = self.ops.extend_tree(self.table, state.tree, state.progress, sampling, *shape, config.tau, self.recent)
+        self._add_work(config.rounds[0], rows, start)
 
     def learn(self, state, verdict, level):
         if verdict.log_probs is not None:
@@ -173,7 +175,7 @@ class GPT2Stage(_Counters):
     node's K/V stays until the node is dropped, so a subtree that survives an iteration is not computed again.
     """
 
-    remembers = 0
+    remembers, is_table = 0, False
 
     def __init__(self, name: str, model: GPT2):
         self.name, self.model = name, model

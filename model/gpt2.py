@@ -75,8 +75,7 @@ class GPT2:
         moments = ops.new_moments(len(query.tokens), config.n_embd, self.device)  # of x, for layer norms
         x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe, moments)
         x = ops.pad_rows(x)  # [N or a few more, C]
-        for i, layer in enumerate(weights.layers):
-            k, v = cache.k[i], cache.v[i]
+        for i, (layer, (k, v)) in enumerate(zip(weights.layers, cache.layers, strict=True)):
             q = ops.layer_norm_qkv(
                 *(x, layer.ln_1_weight, layer.ln_1_bias, eps, layer.c_attn_weight, layer.c_attn_bias),
                 *(k, v, route, moments),

@@ -19,7 +19,7 @@ VERIFY, PREFILL = "verify_and_commit", "prefill"  # the operation that ends an i
 PARTS = {
     "draw": "sample + verify",
     VERIFY: "sample + verify",
-    "lookup_nodes": "draft2",
+    "extend_tree": "draft2",
     "learn": "draft2",
     "select_nodes": "tree",
     "insert_children": "tree",
@@ -150,7 +150,8 @@ def instrumented(decoder: StagedDecoder, opener: Opener | None = None) -> Iterat
     for stage, holder in zip(stages, holders, strict=True):
         holder.ops = Timed(holder.ops, stage.name, recorder.spans, opener)
         if opener is not None:  # for what a stage does between its operations
-            stage.score = _ranged(stage.score, opener, label("score", part_of("score", stage.name)))
+            asked = "extend" if stage.is_table else "score"
+            setattr(stage, asked, _ranged(getattr(stage, asked), opener, label(asked, part_of(asked, stage.name))))
     decoder.oracle.begin = begin_then_clear
     try:
         yield recorder
@@ -158,7 +159,8 @@ def instrumented(decoder: StagedDecoder, opener: Opener | None = None) -> Iterat
         del decoder.oracle.begin
         for stage, holder, ops in zip(stages, holders, originals, strict=True):
             holder.ops = ops
-            vars(stage).pop("score", None)
+            for asked in ("score", "extend"):
+                vars(stage).pop(asked, None)
 
 
 def _ranged(function: Callable, opener: Opener, text: str) -> Callable:

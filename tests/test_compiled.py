@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.reference.sampling import _noise, by_topk, largest
+from kernels.reference.sampling import by_topk, keyed_noise, largest
 
 WORKED_BY_HAND = ["tree", "rows_of_a_pass", "verify_and_commit", "lookup_nodes", "attention_by_hand", "noise"]
 
@@ -62,6 +62,9 @@ def test_largest_of_no_rows(way):
 def test_noise_as_python():
     """The logarithms of machine code are other ones than numpy's: at most the last bit differs, and seldom."""
     tokens, positions = np.random.default_rng(0).integers(50257, size=(2, 100_000))
-    mine, python = _noise(5, 7, positions, tokens), getattr(_noise, "py_func", _noise)(5, 7, positions, tokens)
+    mine, python = (
+        keyed_noise(5, 7, positions, tokens),
+        getattr(keyed_noise, "py_func", keyed_noise)(5, 7, positions, tokens),
+    )
     np.testing.assert_allclose(mine, python, rtol=2e-7, atol=2e-7)
     assert (mine != python).mean() < 1e-4

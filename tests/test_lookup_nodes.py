@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from decoding.config import SamplingConfig
 from decoding.stages import KatzStage, Scored, State
 from kernels import gpu, reference
 from kernels.layout import MAX_PROBES, MAX_ROWS, SuccessorTable
@@ -76,11 +77,11 @@ def test_probes(distance, table, ops):
     assert children[0].tolist() == [0, 3]
 
 
-def root_of(text: list[int], ops) -> tuple:
+def root_of(text: list[int], ops, max_depth: int = 8) -> tuple:
     """The tree and the progress of a text whose last token has the children 1, 2 and 3."""
     tree = reference.new_tree(16, root=text[-1])
     insert(tree, TABLE, 0, {1: -1.0, 2: -2.0, 3: -3.0})
-    return moved(tree, ops), moved(reference.new_progress(text, 30, 8, [99, 99], ()), ops)
+    return moved(tree, ops), moved(reference.new_progress(text, 30, max_depth, [99, 99], ()), ops)
 
 
 def remember(recent, text: list[int], nodes: list[int], children: list, probabilities: list, ops, level=0) -> None:
@@ -146,6 +147,29 @@ def test_a_row_of_a_higher_level_stays_for_its_context(table, ops):
     assert 0 not in ops.select_nodes(tree, 1, 8, reach).tolist() and 0 in ops.select_nodes(tree, 2, 8, reach).tolist()
     remember(recent, [2, 1], [0], [[0, 1, 2]], [[0.7, 0.2, 0.1]], ops, level=0)
     assert recall(recent, table, [2, 1], ops)[0] == [0, 1], "another context in the same bucket"
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, SamplingConfig(True, 0.7, 0).with_seed(2**40 + 3)], ids=["greedy", "sampled"]
+)
+@pytest.mark.parametrize(("rounds", "width", "depth"), [(1, 1, 8), (3, 2, 8), (4, 8, 2)])
+def test_rounds_of_a_table_are_its_steps(sampling, rounds, width, depth, table, ops):
+    """Select, look up, insert, so many times: the same tree, within the depth that stage and oracle may reach."""
+    recent = ops.new_recent(2**10, 2, SIZE, home(ops))
+    remember(recent, [1, 2], [0, 1], [[3, 1, 0], [0, 1, 2]], [[0.6, 0.3, 0.1], [0.2, 0.2, 0.2]], ops, level=1)
+    (together, progress), (apart, _) = root_of([1, 2], ops, depth), root_of([1, 2], ops, depth)
+    sampling = sampling.to(home(ops))
+    before, count = int(together.num_nodes), 0
+    for _ in range(rounds):
+        nodes = ops.select_nodes(apart, TABLE, width, progress.reach[0])
+        count += len(nodes)
+        found = ops.lookup_nodes(table, apart, nodes, progress, sampling, 2, 0.9, recent)
+        ops.insert_children(apart, TABLE, nodes, *found[:2], progress.reach[-1], found[2])
+    assert ops.extend_tree(table, together, progress, sampling, rounds, width, 2, 0.9, recent) == count
+    grown = int(together.num_nodes)
+    assert grown > before and (depth == 8 or int(together.depths.max()) == depth)
+    for name, mine, wanted in zip(together._fields, together, apart, strict=True):
+        assert torch.equal(mine[:grown], wanted[:grown]), name
 
 
 def test_a_probe_goes_on_at_the_first_bucket(ops):

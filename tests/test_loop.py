@@ -203,6 +203,7 @@ def test_draft_of_a_shorter_context(length, sampling):
 def test_what_a_stage_is_asked_for(decoder, monkeypatch):
     """Widths, children and tau are those of the configuration, and no tree is deeper than it allows."""
     running = generation(decoder(0.2), replace(BELOW_DRAFT, max_depth=3, tau=0.5), "greedy")
+    table, draft, oracle = running.stages
     asked = {stage.name: [] for stage in running.stages}
 
     def noted(stage):
@@ -216,12 +217,19 @@ def test_what_a_stage_is_asked_for(decoder, monkeypatch):
 
         return score_and_note
 
-    for stage in running.stages:
+    def extend(*arguments):
+        asked["draft2"].append(arguments[4:8])
+        return extend_tree(*arguments)
+
+    extend_tree = table.ops.extend_tree
+    monkeypatch.setattr(table.ops, "extend_tree", extend)
+    for stage in (draft, oracle):
         monkeypatch.setattr(stage, "score", noted(stage))
     list(running.run())
-    for name, width, children in (("draft2", 3, 3), ("draft", 5, 3)):
-        assert {tuple(rest) for _, *rest in asked[name]} == {(children, 0.5)}
-        assert max(num_nodes for num_nodes, *_ in asked[name]) == width
+    rounds, widths, children = BELOW_DRAFT.rounds, BELOW_DRAFT.widths, BELOW_DRAFT.children
+    assert set(asked["draft2"]) == {(rounds[0], widths[0], children[0], 0.5)}
+    assert {tuple(rest) for _, *rest in asked["draft"]} == {(children[1], 0.5)}
+    assert max(num_nodes for num_nodes, *_ in asked["draft"]) == widths[1]
     assert max(num_nodes for num_nodes, *_ in asked["oracle"]) == 1 + BELOW_DRAFT.budget
 
 

@@ -73,7 +73,7 @@ def test_the_stand_in_is_gone_afterwards(bundled):
         run = generate(bundled, recorder, PROMPTS[0], 6, method="staged")
         assert bundled.oracle.model.ops is not before
     assert bundled.oracle.model.ops is before and bundled.lower[0].ops is draft2
-    assert not {"begin", "score"} & (vars(bundled.oracle).keys() | vars(bundled.lower[0]).keys())
+    assert not {"begin", "score", "extend"} & (vars(bundled.oracle).keys() | vars(bundled.lower[0]).keys())
     assert run.num_iterations == len(run.iterations()) and opened.count(PREFILL) == 1
     assert label("draw", "sample + verify") in opened and label("score", "draft: other") in opened
     assert bundled.generate(PROMPTS[0], 6, ignore_eos=True).stats["stages"]["oracle"]["passes"] == run.num_iterations

@@ -12,7 +12,7 @@ from kernels.gpu.forward import (
     tree_attention,
 )
 from kernels.gpu.launch import interpreting
-from kernels.gpu.lookup import learn, lookup_nodes
+from kernels.gpu.lookup import extend_tree, learn, lookup_nodes
 from kernels.gpu.moments import new_moments
 from kernels.gpu.route import embed, route
 from kernels.gpu.rows import stage_rows
@@ -56,6 +56,7 @@ __all__ = [
     "cheap_rows",
     "draw",
     "embed",
+    "extend_tree",
     "insert_children",
     "interpreting",
     "layer_norm_linear",

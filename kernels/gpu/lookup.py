@@ -12,7 +12,7 @@ from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch, require
 from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.gpu.order import first
-from kernels.gpu.tree import require_progress, require_tree
+from kernels.gpu.tree import insert_children, require_progress, require_tree, select_nodes
 from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
 
 
@@ -190,6 +190,26 @@ def lookup_nodes(
         num_warps=1,
     )
     return children, scores, levels
+
+
+def extend_tree(
+    table: SuccessorTable,
+    tree: Tree,
+    progress: Progress,
+    sampling: Sampling,
+    rounds: int,
+    width: int,
+    num_children: int,
+    tau: float,
+    recent: RecentTable | None = None,
+) -> int:
+    """``select_nodes``, ``lookup_nodes``, ``insert_children`` as stage 0, ``rounds`` times; how many nodes at most it
+    looked up. Three launches a round."""
+    for _ in range(rounds):
+        nodes = select_nodes(tree, 0, width, progress.reach[0])
+        children, scores, levels = lookup_nodes(table, tree, nodes, progress, sampling, num_children, tau, recent)
+        insert_children(tree, 0, nodes, children, scores, progress.reach[-1], levels)
+    return rounds * width
 
 
 def _require_power_of_two(name: str, buckets: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from kernels.reference.linear import (
     packed,
     pad_rows,
 )
-from kernels.reference.lookup import hash_context, learn, lookup, lookup_nodes, new_recent
+from kernels.reference.lookup import extend_tree, hash_context, learn, lookup, lookup_nodes, new_recent
 from kernels.reference.moments import new_moments
 from kernels.reference.route import DRAFT_MIN_PROB, DRAFT_ROUNDS, PREFILL_ROWS, embed, path_slots, route
 from kernels.reference.rows import stage_rows
@@ -28,6 +28,7 @@ __all__ = [
     "cheap_rows",
     "draw",
     "embed",
+    "extend_tree",
     "gumbel_noise",
     "hash_context",
     "insert_children",

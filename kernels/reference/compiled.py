@@ -1,13 +1,13 @@
 """Loops over the few nodes of a tree, compiled by numba where it is installed, else run as the Python they are.
 
 numba keeps the machine code, in ``__pycache__`` beside the source where it can, and makes it anew when that file
-changes, but not when another one does. So what a loop takes from elsewhere comes as an argument, not as a global; after
-a change to the structures of ``kernels/layout.py``, ``make clean``.
+changes, but not when another one does whose loops or structures it uses. So what is older than any of them goes first.
 """
 
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,21 @@ except ImportError as error:
     njit = None
 
 COMPILES = njit is not None
+
+
+def _forget_what_is_stale() -> None:
+    folder = Path(__file__).parent
+    changed = max(source.stat().st_mtime for source in [*folder.glob("*.py"), folder.parent / "layout.py"])
+    for kept in (folder / "__pycache__").glob("*.nb[ci]"):
+        try:
+            if kept.stat().st_mtime < changed:
+                kept.unlink()
+        except OSError:  # another process was faster, or it may not be written
+            pass
+
+
+if COMPILES:
+    _forget_what_is_stale()
 
 
 def compiled(loop: Callable) -> Callable:

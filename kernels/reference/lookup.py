@@ -5,9 +5,10 @@ import math
 import numpy as np
 import torch
 
-from kernels.layout import LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
+from kernels.layout import DEPTH_LIMIT, LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
 from kernels.reference.compiled import compiled, in_numpy
-from kernels.reference.sampling import noise, seed_number
+from kernels.reference.sampling import keyed_noise, noise, seed_number, split_seed
+from kernels.reference.tree import insert, select
 
 
 def hash_context(key: torch.Tensor, num_buckets: int) -> torch.Tensor:
@@ -47,6 +48,48 @@ def lookup_nodes(
     """
     contexts = _contexts(tree, nodes, progress)
     return _answers(table, recent, contexts, sampling, num_children, tau)
+
+
+def extend_tree(
+    table: SuccessorTable,
+    tree: Tree,
+    progress: Progress,
+    sampling: Sampling,
+    rounds: int,
+    width: int,
+    num_children: int,
+    tau: float,
+    recent: RecentTable | None = None,
+) -> int:
+    """``select_nodes``, ``lookup_nodes`` and ``insert_children`` as stage 0, ``rounds`` times: nodes looked up.
+
+    Looked up are the ``width`` best nodes within the stage's reach; children are inserted within the oracle's.
+    """
+    table, tree, progress = in_numpy(table), in_numpy(tree), in_numpy(progress)
+    recent = None if recent is None else in_numpy(recent)
+    words = split_seed(seed_number(sampling.seed)) if sampling.noise else None
+    scale = np.float32(sampling.temperature), np.float32(tau)
+    return _extend(table, tree, progress, recent, words, *scale, rounds, width, num_children, MAX_PROBES, DEPTH_LIMIT)
+
+
+@compiled
+def _extend(
+    table, tree, progress, recent, words, temperature, tau, rounds, width, num_children, max_probes, depth_limit
+):
+    num_nodes, max_depth = 0, min(progress.reach[-1, 0], depth_limit)
+    for _ in range(rounds):
+        nodes = select(tree, 0, width, progress.reach[0, 0], np.float32(-np.inf))
+        if len(nodes) == 0:
+            break
+        num_nodes += len(nodes)
+        previous, last, positions = _contexts_of(tree, nodes, progress.text, progress.length)
+        tokens, log_probs, log_rest, levels = _rows(table, recent, previous, last, temperature, max_probes)
+        if words is not None:
+            drawn = keyed_noise(words[0], words[1], np.repeat(positions, tokens.shape[1]), tokens.ravel())
+            log_probs += drawn.reshape(tokens.shape)
+        children, scores = _best(tokens, log_probs, log_rest, num_children, tau)
+        insert(tree, 0, nodes, children, scores, levels, max_depth)
+    return num_nodes
 
 
 def lookup(

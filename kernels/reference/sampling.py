@@ -26,7 +26,7 @@ def philox(seed: int, counters: tuple[torch.Tensor, ...], rounds: int = 10) -> t
 
     ``seed`` is the 64-bit key, low word first.
     """
-    return _rounds(seed & _MASK, (seed >> 32) & _MASK, *counters, rounds)
+    return _rounds(*split_seed(seed), *counters, rounds)
 
 
 def _rounds(k0, k1, c0, c1, c2, c3, rounds):
@@ -59,7 +59,12 @@ def gumbel_noise(seed: int, positions: torch.Tensor, tokens: torch.Tensor) -> to
 
 def noise(seed: int, positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """``gumbel_noise`` of flat int64 arrays, in numpy."""
-    return _noise(seed & _MASK, (seed >> 32) & _MASK, positions, tokens)
+    return keyed_noise(*split_seed(seed), positions, tokens)
+
+
+def split_seed(seed: int) -> tuple[int, int]:
+    """Its two words, low word first."""
+    return seed & _MASK, (seed >> 32) & _MASK
 
 
 @compiled
@@ -69,7 +74,7 @@ def noise_of(words):
 
 
 @compiled
-def _noise(k0, k1, positions, tokens):
+def keyed_noise(k0, k1, positions, tokens):
     return noise_of(_compiled_rounds(k0, k1, tokens, positions, 0 * tokens, 0 * tokens, 10)[0])
 
 

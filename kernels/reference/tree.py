@@ -43,11 +43,11 @@ def select_nodes(
     not above ``min_score`` and nodes below a rejected edge (score -inf) are never taken. What is returned together with
     what ``stage`` has scored, or another in its place, is closed under taking parents.
     """
-    return torch.from_numpy(_select(in_numpy(tree), stage, width, _number(max_depth), np.float32(min_score)))
+    return torch.from_numpy(select(in_numpy(tree), stage, width, _number(max_depth), np.float32(min_score)))
 
 
 @compiled
-def _select(tree, stage, width, max_depth, min_score):
+def select(tree, stage, width, max_depth, min_score):
     found, count = np.empty(tree.num_nodes[0], np.int32), 0
     for node in range(len(found)):
         if tree.scored[node] < stage and tree.depths[node] <= max_depth and tree.path_scores[node] > min_score:
@@ -86,11 +86,11 @@ def insert_children(
     """
     levels = torch.full_like(nodes, stage) if levels is None else levels
     columns = (nodes.numpy(), children.numpy(), scores.numpy(), levels.numpy())
-    _insert(in_numpy(tree), stage, *columns, min(_number(max_depth), DEPTH_LIMIT))
+    insert(in_numpy(tree), stage, *columns, min(_number(max_depth), DEPTH_LIMIT))
 
 
 @compiled
-def _insert(tree, stage, nodes, children, scores, levels, max_depth):
+def insert(tree, stage, nodes, children, scores, levels, max_depth):
     n = tree.num_nodes[0]
     first, sibling = np.full(n, -1, np.int32), np.full(n, -1, np.int32)  # the children that each node has by now
     for child in range(n - 1, 0, -1):
