@@ -39,7 +39,7 @@ class PagedKVCache:
         with torch.inference_mode(False):  # a cache made inside inference mode is also written to outside of it
             self.k = torch.zeros(shape, dtype=dtype, device=device)
             self.v = torch.zeros(shape, dtype=dtype, device=device)
-            self.layers = list(zip(self.k, self.v, strict=True))
+            self.layers = list(zip(self.k, self.v, strict=True))  # views, one pair a layer
             pages_per_sequence = -(-n_positions // page_size)
             self._table = torch.full((num_sequences, pages_per_sequence), NULL_PAGE, dtype=torch.int32)
             self.page_table = self._table if str(device) == "cpu" else self._table.to(device)
