@@ -1,11 +1,11 @@
 """Torch twins of the linear layers, bit-exact in the number of rows.
 
 Row r of a product must not depend on how many rows there are. A library may choose another algorithm for another number
-of rows, so every product runs on as few rows as were found to agree, bit for bit, with all others: a multiple of
-ROW_MULTIPLE, at most ROW_BLOCK, or else exactly ROW_BLOCK. ``Packed`` finds out which of the two, on this machine, for
-this matrix and this number of threads; what was not checked runs on exactly ROW_BLOCK rows.
+of rows, so every product runs on a number of them that was found to agree, bit for bit, with all others that are used:
+``agreeing_rows`` finds these out, on this machine, for matrices of this shape and this number of threads.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import ROW_BLOCK, ROW_MULTIPLE, VOCAB_TILE, Quantized
+from kernels.layout import MAX_ROWS, ROW_BLOCK, ROW_MULTIPLE, VOCAB_TILE, Quantized
 from kernels.reference.moments import with_moments
 from kernels.reference.route import Route
 
@@ -39,7 +39,6 @@ class Packed:
 
     def __init__(self, weight: torch.Tensor):
         self.shape, self.dtype, self._size = weight.shape, weight.dtype, weight.element_size()
-        self._multiples: dict[int, int] = {}  # by number of threads
         native = matrices_are_native(weight.dtype)
         halves = None if native and weight.dtype != torch.float32 else _in_halves(weight)
         if halves is not None:
@@ -57,29 +56,14 @@ class Packed:
         """In the model's dtype, whichever way it is kept here."""
         return self.numel() * self._size
 
-    def multiple(self) -> int:
-        """Products of any multiple of this many rows, up to ROW_BLOCK, agree bit for bit.
-
-        That is checked in float32 alone: what is rounded to 16 bits shows too little of the order of a sum.
-        """
-        threads = torch.get_num_threads()
-        if threads not in self._multiples:
-            self._multiples[threads] = self._find_multiple()
-        return self._multiples[threads]
-
-    def _find_multiple(self) -> int:
-        x = torch.randn(ROW_BLOCK, self.shape[1], generator=torch.Generator().manual_seed(0))
-        if self.product == self._fbgemm:
-            return agreeing_multiple(lambda rows: self._sums(x[:rows]))
-        if self.dtype == torch.float32:
-            return agreeing_multiple(lambda rows: self.product(x[:rows], None, None))
-        return ROW_BLOCK
-
-    def _sums(self, x: torch.Tensor) -> torch.Tensor:
-        return self._parts[0](x)
+    def rows(self) -> tuple[int, int]:
+        """``agreeing_rows`` of matrices such as this one."""
+        if self.product == self._plain:
+            return ROW_BLOCK, ROW_BLOCK
+        return agreeing_rows(self.product == self._fbgemm, self.shape, self.dtype, torch.get_num_threads())
 
     def _fbgemm(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-        sums, scale = self._sums(x.float()), self._parts[1]
+        sums, scale = self._parts[0](x.float()), self._parts[1]
         y = sums.mul_(scale) if bias is None else torch.add(bias, sums, alpha=scale)
         return _activated(y.to(self.dtype), activation)
 
@@ -110,9 +94,8 @@ def cheap_rows(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def pad_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [N, C] with rows of zeros below, as every product of a pass wants them, so that few pad it again."""
-    whole = x.dtype != torch.float32 and matrices_are_native(x.dtype)  # ``Packed.multiple``
-    return F.pad(x, (0, 0, 0, -len(x) % (ROW_BLOCK if whole else ROW_MULTIPLE)))
+    """``x`` [N, C] with the rows of zeros below that every product of a pass wants, so that none pads it again."""
+    return F.pad(x, (0, 0, 0, -len(x) % (ROW_MULTIPLE if len(x) <= ROW_BLOCK else ROW_BLOCK)))
 
 
 def matrices_are_native(dtype: torch.dtype) -> bool:
@@ -150,6 +133,33 @@ def agreeing_multiple(product) -> int:
     whole = product(ROW_BLOCK)
     fewer = range(ROW_MULTIPLE, ROW_BLOCK, ROW_MULTIPLE)
     return ROW_MULTIPLE if all(torch.equal(product(n), whole[:n]) for n in fewer) else ROW_BLOCK
+
+
+@functools.cache
+def agreeing_rows(in_halves: bool, shape: torch.Size, dtype: torch.dtype, num_threads: int) -> tuple[int, int]:
+    """Products with a matrix [M, K] have the same bits for any multiple of the first number of rows, up to ROW_BLOCK,
+    and for any multiple of ROW_BLOCK up to the second number.
+
+    Tried on numbers of which most of a sum cancels, so that its order shows in results of 16 bits, too.
+    """
+    generator, half = torch.Generator().manual_seed(0), shape[1] // 2
+
+    def cancelling(count: int, sign: int, noise: float) -> torch.Tensor:
+        values = torch.randn(count, shape[1], generator=generator)
+        values[:, half : 2 * half] = sign * values[:, :half]
+        return values + noise * torch.randn(count, shape[1], generator=generator)
+
+    weight, x = cancelling(shape[0], -1, 2.0**-6), cancelling(MAX_ROWS, 1, 2.0**-9).to(dtype)
+    matrix = Packed((weight.bfloat16() if in_halves else weight).to(dtype))
+
+    def product(num_rows: int) -> torch.Tensor:
+        return torch.cat([matrix.product(x[:num_rows], None, activation) for activation in (None, "gelu_tanh")], -1)
+
+    blocks = [[matrix.product(block, None, act) for block in x.split(ROW_BLOCK)] for act in (None, "gelu_tanh")]
+    whole, most = torch.cat([torch.cat(block) for block in blocks], -1), ROW_BLOCK
+    while most < MAX_ROWS and torch.equal(product(most + ROW_BLOCK), whole[: most + ROW_BLOCK]):
+        most += ROW_BLOCK
+    return agreeing_multiple(product), most
 
 
 def layer_norm_linear(
@@ -226,16 +236,17 @@ def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> tor
 
 
 def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
-    """activation(x @ weight.T + bias), in products of at most ROW_BLOCK rows, padded with zeros where rows lack."""
+    """activation(x @ weight.T + bias), in products of rows that agree, padded with zeros where rows lack."""
     elements = weight.values if isinstance(weight, Quantized) else weight
-    multiple = elements.multiple() if isinstance(elements, Packed) else ROW_BLOCK
+    multiple, most = elements.rows() if isinstance(elements, Packed) else (ROW_BLOCK, ROW_BLOCK)
     num_rows = x.shape[0]
-    if num_rows % multiple:
-        x = F.pad(x, (0, 0, 0, -num_rows % multiple))
-    if len(x) <= ROW_BLOCK:
+    missing = -num_rows % (multiple if num_rows <= ROW_BLOCK else ROW_BLOCK)
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    if len(x) <= most:
         y = _product(x, weight, bias, activation)
     else:
-        y = torch.cat([_product(block, weight, bias, activation) for block in x.split(ROW_BLOCK)])
+        y = torch.cat([_product(block, weight, bias, activation) for block in x.split(most)])
     return y if len(y) == num_rows else y[:num_rows]
 
 
