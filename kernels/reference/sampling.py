@@ -19,6 +19,7 @@ from kernels.reference.compiled import COMPILES, compiled
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+FEW = 4 * VOCAB_TILE  # candidates of a row, of which one loop on a CPU takes the best
 
 
 def philox(seed: int, counters: tuple[torch.Tensor, ...], rounds: int = 10) -> tuple[torch.Tensor, ...]:
@@ -101,26 +102,72 @@ def draw(
 
     Example: logits [0, 2, 1], greedy, two children, tau 1: token 1, children [1, 2], scores [-0.41, -1.41].
     """
-    vocab_size = logits.shape[1]
-    width = min(num_children, vocab_size)
-    logits = logits.float()
+    width = min(num_children, logits.shape[1])
     scores, ids = _candidates(logits, sampling, width)
     plain = scores
     if sampling.noise:
         scores = scores + gumbel_noise(seed_number(sampling.seed), positions[:, None], ids)
-    ranked = _ranked(scores, width) if width else _argmax(scores)
-    drawn = ranked[:, :1]
+    if scores.shape[1] <= FEW and COMPILES and scores.device.type == "cpu":
+        arrays = (scores.numpy(), plain.numpy(), ids.expand_as(scores).numpy())
+        tokens, children, edges, chosen = map(torch.from_numpy, _finish(*arrays, max(width, 1), np.float32(tau)))
+    else:
+        wanted = width > 0 or log_probs is not None
+        tokens, children, edges, chosen = _finish_many(scores, plain, ids.expand_as(scores), max(width, 1), tau, wanted)
     if log_probs is not None:
-        log_probs.copy_(plain.log_softmax(-1).gather(1, drawn).squeeze(1))
-    ids = ids.expand_as(scores)
-    tokens = ids.gather(1, drawn).masked_fill(scores.gather(1, drawn).isnan(), -1).int().squeeze(1)
-    if width == 0:
-        return tokens, tokens.new_empty(len(tokens), 0), scores.new_empty(len(tokens), 0)
-    edges = (scores if tau == 1 else scores / tau).log_softmax(-1).gather(1, ranked)
+        log_probs.copy_(chosen[:, 0])
     if child_log_probs is not None:
-        are_edges = tau == 1 and not sampling.noise
-        child_log_probs.copy_(edges if are_edges else plain.log_softmax(-1).gather(1, ranked))
-    return tokens, ids.gather(1, ranked).int(), edges
+        child_log_probs.copy_(chosen[:, :width])
+    return tokens, children[:, :width], edges[:, :width]
+
+
+@compiled
+def _finish(scores, plain, ids, width, tau):
+    """Rows [N, W] of candidates: the tokens drawn; of the best ``width``, by falling score, tokens, edge scores and
+    log-probabilities without noise."""
+    num_rows, count = scores.shape
+    tokens, children = np.empty(num_rows, np.int32), np.empty((num_rows, width), np.int32)
+    edges, chosen = np.empty((num_rows, width), np.float32), np.empty((num_rows, width), np.float32)
+    for row in range(num_rows):
+        total, plain_total = _log_sum_exp(scores[row], tau), _log_sum_exp(plain[row], np.float32(1))
+        taken = np.zeros(count, np.bool_)
+        for column in range(width):
+            at = -1
+            for i in range(count):  # NaN before all, the first of equal ones
+                if not taken[i]:
+                    more = at < 0 or scores[row, i] > scores[row, at]
+                    if more or (np.isnan(scores[row, i]) and not np.isnan(scores[row, at])):
+                        at = i
+            taken[at] = True
+            children[row, column] = ids[row, at]
+            edges[row, column] = scores[row, at] / tau - total
+            chosen[row, column] = plain[row, at] - plain_total
+            if column == 0:
+                tokens[row] = -1 if np.isnan(scores[row, at]) else ids[row, at]
+    return tokens, children, edges, chosen
+
+
+@compiled
+def _log_sum_exp(values, tau):
+    """log sum exp(values / tau), NaN where torch's is."""
+    largest, total = np.float32(-np.inf), np.float32(0)
+    for value in values:
+        if value > largest:
+            largest = value
+    for value in values:
+        total += np.exp((value - largest) / tau)
+    return largest / tau + np.log(total)
+
+
+def _finish_many(scores, plain, ids, width: int, tau: float, scores_wanted: bool) -> tuple[torch.Tensor, ...]:
+    """``_finish``, for any number of candidates and device; edge scores and log-probabilities only where wanted."""
+    ranked = _ranked(scores, width) if width > 1 else _argmax(scores)
+    drawn = ranked[:, :1]
+    tokens = ids.gather(1, drawn).masked_fill(scores.gather(1, drawn).isnan(), -1).int().squeeze(1)
+    if not scores_wanted:
+        return tokens, ids.gather(1, ranked).int(), scores.new_empty(ranked.shape), scores.new_empty(ranked.shape)
+    edges = (scores if tau == 1 else scores / tau).log_softmax(-1).gather(1, ranked)
+    chosen = edges if tau == 1 and plain is scores else plain.log_softmax(-1).gather(1, ranked)
+    return tokens, ids.gather(1, ranked).int(), edges, chosen
 
 
 def _argmax(scores: torch.Tensor) -> torch.Tensor:
@@ -140,16 +187,23 @@ def _ranked(scores: torch.Tensor, width: int) -> torch.Tensor:
     return order if ids is None else ids.gather(1, order)
 
 
-def largest(scores: torch.Tensor, count: int, survivors: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``count`` largest scores of each row [N, V], NaN above all, with those that equal the last of them, and their
-    indices, int64: [N, W], by rising index, padded with -inf. Scores below the ``survivors``-th are -inf, too."""
+def largest(
+    logits: torch.Tensor, count: int, survivors: int | None = None, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` largest scores of each row, logits [N, V] / temperature, NaN above all, with those that equal the
+    last of them, and their indices, int64: [N, W], by rising index, padded with -inf. Scores below the
+    ``survivors``-th are -inf, too."""
     survivors = survivors or count
-    if count > VOCAB_TILE or not COMPILES or scores.device.type != "cpu":
-        return by_topk(scores, count, survivors)
-    missing = -scores.shape[1] % VOCAB_TILE
-    tiles = F.pad(scores, (0, missing), value=-math.inf) if missing else scores
-    maxima = tiles.unflatten(1, (-1, VOCAB_TILE)).amax(-1)
-    return tuple(map(torch.from_numpy, _largest(scores.numpy(), maxima.numpy(), count, survivors, VOCAB_TILE)))
+    if count > VOCAB_TILE or not COMPILES or logits.device.type != "cpu":
+        return by_topk(logits.float() / temperature, count, survivors)
+    missing = -logits.shape[1] % VOCAB_TILE
+    tiles = F.pad(logits, (0, missing), value=-math.inf) if missing else logits
+    maxima = tiles.unflatten(1, (-1, VOCAB_TILE)).amax(-1).float() / temperature
+    bits, shift = logits.view(torch.int16), 16
+    if logits.dtype != torch.bfloat16:
+        bits, shift = logits.float().view(torch.int32), 0
+    arguments = bits.numpy(), np.int32(shift), np.float32(temperature), maxima.numpy(), count, survivors, VOCAB_TILE
+    return tuple(map(torch.from_numpy, _largest(*arguments)))
 
 
 def by_topk(scores: torch.Tensor, count: int, survivors: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,9 +221,10 @@ def by_topk(scores: torch.Tensor, count: int, survivors: int) -> tuple[torch.Ten
 
 
 @compiled
-def _largest(scores, maxima, count, survivors, tile_size):
-    """``largest``: what is among the first ``count`` lies in one of the ``count`` best tiles. NaN is never less."""
-    num_rows, size = scores.shape
+def _largest(bits, shift, temperature, maxima, count, survivors, tile_size):
+    """``largest`` of logits given by float32's bits or, to be shifted, their upper halves: what is among the first
+    ``count`` lies in one of the ``count`` best tiles. NaN is never less."""
+    num_rows, size = bits.shape
     num_tiles = maxima.shape[1]
     values, ids = np.empty((num_rows, size), np.float32), np.empty((num_rows, size), np.int64)
     counts, width = np.zeros(num_rows, np.int64), count
@@ -181,8 +236,11 @@ def _largest(scores, maxima, count, survivors, tile_size):
         for tile in range(num_tiles):
             if not maxima[row, tile] < least:
                 for token in range(tile * tile_size, min(size, (tile + 1) * tile_size)):
-                    if not scores[row, token] < least:
-                        values[row, found], ids[row, found] = scores[row, token], token
+                    score = np.int32(np.int32(bits[row, token]) << shift).view(np.float32)
+                    if temperature != 1:
+                        score = score / temperature
+                    if not score < least:
+                        values[row, found], ids[row, found] = score, token
                         found += 1
         rising = np.sort(values[row, :found])
         last, kth = rising[found - count], rising[found - survivors]
@@ -203,10 +261,10 @@ def _candidates(logits: torch.Tensor, sampling: Sampling, at_least: int) -> tupl
     vocab_size, k = logits.shape[1], sampling.top_k
     everyone = torch.arange(vocab_size, device=logits.device)[None]
     if not sampling.noise:
-        return logits, everyone
+        return logits.float(), everyone
     if not 0 < k < vocab_size:
-        return _nucleus(logits / sampling.temperature, everyone, sampling), everyone
-    scores, ids = largest(logits / sampling.temperature, max(k, at_least), k)
+        return _nucleus(logits.float() / sampling.temperature, everyone, sampling), everyone
+    scores, ids = largest(logits, max(k, at_least), k, sampling.temperature)
     return _nucleus(scores, ids, sampling), ids
 
 
