@@ -5,8 +5,8 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels.layout import DEPTH_LIMIT, MAX_CHILDREN, ROW_BLOCK, Sampling
-from kernels.reference import new_seed
+from kernels.layout import DEPTH_LIMIT, MAX_CHILDREN, ROW_BLOCK, Sampling, TreeShape
+from kernels.reference import TREE_SHAPE, new_seed
 
 MAX_WIDTH = 1024  # nodes that one launch selects, and rounds
 LEAST_TEMPERATURE = 1e-30  # logits over less leave float32
@@ -126,13 +126,12 @@ def chain(num_tokens: int, stage: str = "draft") -> SpeculationConfig:
 
 
 def default_speculation(
-    method: str | None, available: list[str], rows: int = 16, draft_rounds: int = 1, min_prob: float = 0.0
+    method: str | None, available: list[str], rows: int = 16, shape: TreeShape = TREE_SHAPE
 ) -> SpeculationConfig:
     """The default shape of ``method`` on the stages there are, cheapest first; None means all of them.
 
     ``rows`` are those that a pass takes for little more than one: the nodes of a tree fill them together with the root.
-    ``draft_rounds``: passes of the topmost draft, over what those below propose, that are worth one of the oracle.
-    ``min_prob``: the least probability of a node that is worth a place in a draft's pass.
+    ``shape``: what a staged tree owes to its backend, ``TREE_SHAPE`` of that.
 
     Raises ValueError where the method needs a stage that is missing.
     """
@@ -151,9 +150,10 @@ def default_speculation(
         return SpeculationConfig(drafts[-1:], (4,), (4,), (4,), budget=rows - 1, max_depth=8)
     lookup = ("draft2",) if "draft2" in available else ()
     n, m = len(lookup), len(drafts)
-    rounds = (4,) * n + (2,) * (m - 1) + (draft_rounds,) * min(m, 1)  # a look-up costs next to nothing
-    widths, children = (4,) * n + (rows - 1,) * m, (4,) * n + (6,) * m
-    return SpeculationConfig(lookup + drafts, rounds, widths, children, rows - 1, 12, min_prob=min_prob)
+    rounds = (shape.lookup_rounds,) * n + (2,) * (m - 1) + (shape.draft_rounds,) * min(m, 1)
+    widths = (shape.lookup_width,) * n + (rows - 1,) * m
+    children = (4,) * n + (shape.draft_children,) * m
+    return SpeculationConfig(lookup + drafts, rounds, widths, children, rows - 1, 12, min_prob=shape.min_prob)
 
 
 @dataclass(frozen=True)

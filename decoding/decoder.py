@@ -263,7 +263,7 @@ class StagedDecoder:
         model = self.oracle.model
         rows = model.ops.cheap_rows(model.device, model.dtype)
         names = [stage.name for stage in self.lower]
-        return default_speculation(method, names, rows, model.ops.DRAFT_ROUNDS, model.ops.DRAFT_MIN_PROB)
+        return default_speculation(method, names, rows, model.ops.TREE_SHAPE)
 
 
 @contextmanager

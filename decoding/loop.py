@@ -83,7 +83,7 @@ class Generation:
             return
         tree, progress, _ = self.state
         stage, config = self.lower[index], self.config
-        if stage.is_table:
+        if stage.is_table and index == 0:
             stage.extend(self.state, config, self.lower_sampling)
             return
         for _ in range(config.rounds[index]):

@@ -63,7 +63,7 @@ class Stage(Protocol):
     memory: tuple  # what passes read and write beside the shared state; all of it outlives a generation
     in_use: threading.Lock  # held by the one generation that may use the stage
     remembers: int  # children of a node that it takes note of when a stage above draws
-    is_table: bool  # the lowest stage of its chain, asked by ``extend`` alone, not by ``score``
+    is_table: bool  # as the lowest stage it is asked for all rounds at once, by ``extend``
 
     def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> Lease | None:
         """Forget the last generation and read the prompt; None from a stage without a cache."""
@@ -77,7 +77,7 @@ class Stage(Protocol):
         """One pass as stage ``index`` of the chain; nodes that found no room are left out of the result."""
 
     def extend(self, state: State, config: SpeculationConfig, sampling: Sampling) -> None:
-        """All rounds of a table: look up the best nodes that no stage has scored and insert what it says."""
+        """All rounds of a table that is the lowest stage: look up the best nodes and insert what it says."""
 
     def learn(self, state: State, verdict: Scored, level: int) -> None:
         """Take note of what the stage above stage ``level`` has just drawn."""
@@ -148,6 +148,14 @@ class KatzStage(_Counters):
 
     def begin_iteration(self, num_head: int) -> None:
         pass
+
+    def score(self, state, index, nodes, sampling, num_children, tau):
+        start = time.perf_counter()
+        children, scores, levels = self.ops.lookup_nodes(
+            self.table, state.tree, nodes, state.progress, sampling, num_children, tau, self.recent
+        )
+        self._add_work(1, len(nodes), start)
+        return Scored(nodes, children[:, 0], children, scores, None, levels)
 
     def extend(self, state, config, sampling):
         start = time.perf_counter()

@@ -19,7 +19,7 @@ TAIL_ALIGNMENT = 16  # shared_end is a multiple of this
 TAIL_LANES = DEPTH_LIMIT + TAIL_ALIGNMENT
 SHARED_WINDOW = 128  # keys per product of the shared part, torch backend
 TAIL_WINDOW = 64  # keys per product of what the tails of a few rows hold, torch backend
-ROW_BLOCK = 16  # most rows per product of the torch backend
+ROW_BLOCK = 16  # rows per product of the torch backend, or a multiple where such products agree
 ROW_MULTIPLE = 4  # rows per product are a multiple of this, where such products were found to agree bit for bit
 MAX_ROWS = 128  # rows of one pass over a tree; a longer pass is a prefill
 MOMENT_PART = 32  # values of a row whose moments are kept together; tiles that leave moments are a multiple of it
@@ -63,6 +63,16 @@ class Quantized:
 def shared_end(positions: torch.Tensor) -> torch.Tensor:
     """First position of the tail of queries at ``positions`` [N]; see the module docstring."""
     return (positions - DEPTH_LIMIT).clip(0) // TAIL_ALIGNMENT * TAIL_ALIGNMENT
+
+
+class TreeShape(NamedTuple):
+    """What of a default tree depends on how long a backend takes for its parts."""
+
+    lookup_rounds: int  # of draft2, before a pass of the draft
+    lookup_width: int  # nodes of a round
+    draft_rounds: int  # passes of the topmost draft that are worth one of the oracle
+    draft_children: int  # of a node
+    min_prob: float  # of a node that is worth a row of a draft's pass
 
 
 class Tree(NamedTuple):

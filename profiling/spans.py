@@ -20,6 +20,7 @@ PARTS = {
     "draw": "sample + verify",
     VERIFY: "sample + verify",
     "extend_tree": "draft2",
+    "lookup_nodes": "draft2",
     "learn": "draft2",
     "select_nodes": "tree",
     "insert_children": "tree",
@@ -150,8 +151,8 @@ def instrumented(decoder: StagedDecoder, opener: Opener | None = None) -> Iterat
     for stage, holder in zip(stages, holders, strict=True):
         holder.ops = Timed(holder.ops, stage.name, recorder.spans, opener)
         if opener is not None:  # for what a stage does between its operations
-            asked = "extend" if stage.is_table else "score"
-            setattr(stage, asked, _ranged(getattr(stage, asked), opener, label(asked, part_of(asked, stage.name))))
+            for asked in ("score", "extend") if stage.is_table else ("score",):
+                setattr(stage, asked, _ranged(getattr(stage, asked), opener, label(asked, part_of(asked, stage.name))))
     decoder.oracle.begin = begin_then_clear
     try:
         yield recorder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.reference.sampling import by_topk, keyed_noise, largest
+from kernels.reference.sampling import _finish, _finish_many, by_topk, keyed_noise, largest
 
 WORKED_BY_HAND = ["tree", "rows_of_a_pass", "verify_and_commit", "lookup_nodes", "attention_by_hand", "noise"]
 
@@ -31,18 +31,24 @@ def test_without_numba():
 @pytest.mark.parametrize("size", [64, 65, 1000, 8192])
 @pytest.mark.parametrize("values", ["random", "ties", "equal", "NaN", "-inf"])
 @pytest.mark.parametrize(("count", "survivors"), [(1, 1), (8, 3), (50, 50), (64, 1)])
-@pytest.mark.parametrize("way", [largest, by_topk])
-def test_largest(size, values, count, survivors, way):
+@pytest.mark.parametrize("way", ["tiles", "topk"])
+@pytest.mark.parametrize(("dtype", "temperature"), [(torch.float32, 1.0), (torch.float32, 0.7), (torch.bfloat16, 0.3)])
+def test_largest(size, values, count, survivors, way, dtype, temperature):
     """Against a stable sort: what is at least the ``count``-th, by rising index; below the ``survivors``-th -inf."""
-    scores = torch.randn(5, size)
+    logits = torch.randn(5, size)
     if values == "ties":
-        scores = scores.mul(2).round()
+        logits = logits.mul(2).round()
     elif values == "equal":
-        scores = torch.zeros(5, size)
+        logits = torch.zeros(5, size)
     elif values != "random":
-        scores[torch.rand(5, size) < 0.3] = float(values)
-        scores[4] = float(values)
-    found, ids = way(scores, count, survivors)
+        logits[torch.rand(5, size) < 0.3] = float(values)
+        logits[4] = float(values)
+    logits = logits.to(dtype)
+    scores = logits.float() / temperature
+    if way == "tiles":
+        found, ids = largest(logits, count, survivors, temperature)
+    else:
+        found, ids = by_topk(scores, count, survivors)
     assert found.shape == ids.shape and (ids.diff(dim=1) >= 0).all()
     for row, mine, places in zip(scores, found, ids, strict=True):
         ordered = row.sort(descending=True).values  # NaN first
@@ -68,3 +74,23 @@ def test_noise_as_python():
     )
     np.testing.assert_allclose(mine, python, rtol=2e-7, atol=2e-7)
     assert (mine != python).mean() < 1e-4
+
+
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("shift", [0.0, -300.0])
+@pytest.mark.parametrize("width", [1, 8])
+def test_few_candidates_end_as_many_do(noise, shift, width):
+    """Tokens, children and scores of the loop and of torch's operations, ties, dead candidates and NaN among them."""
+    plain = torch.randn(6, 50).mul(8).round() / 4 + shift
+    plain[1, 7:], plain[2] = -torch.inf, shift
+    scores = plain + torch.randn(6, 50).round() if noise else plain
+    scores[3, 20] = plain[3, 20] = torch.nan
+    ids = torch.arange(50).expand(6, 50) + 100
+    tokens, children, *in_float32 = _finish_many(scores, plain, ids, width, 0.85, True)
+    in_float64 = _finish_many(scores.double(), plain.double(), ids, width, 0.85, True)[2:]
+    found = _finish(scores.numpy(), plain.numpy(), ids.numpy(), width, np.float32(0.85))
+    assert np.array_equal(found[0], tokens) and np.array_equal(found[1], children)
+    for mine, rounded, exact in zip(map(torch.from_numpy, found[2:]), in_float32, in_float64, strict=True):
+        torch.testing.assert_close(rounded, exact.float(), rtol=1e-5, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(mine, exact.float(), rtol=1e-6, atol=1e-6, equal_nan=True)  # wherever they lie
+    assert found[0][3] == -1 and found[0][2] >= 100

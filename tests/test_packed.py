@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kernels import gpu, reference
 from kernels.layout import ROW_BLOCK, ROW_MULTIPLE
-from kernels.reference import attention
+from kernels.reference import attention, linear
 from kernels.reference.linear import Packed
 from tests.helpers import assert_same_rows
 
@@ -70,6 +70,42 @@ def test_rows_are_padded_once_a_pass(rows, padded_to):
     assert len(padded) == padded_to
     assert torch.equal(padded[:rows], x) and not padded[rows:].any()
     assert gpu.pad_rows(x) is x
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "found"),
+    [(None, (4, 128)), (range(5, 16), (16, 128)), (range(33, 129), (4, 32)), (range(64, 65), (4, 48))],
+)
+def test_how_many_rows_agree_is_found_out(spoilt, found, monkeypatch):
+    """A product that rounds otherwise for some numbers of rows; one by a library without a promise is not tried."""
+
+    class Spoilt(Packed):
+        def product(self, x, bias, activation):
+            y = F.linear(x.double(), self.weight).float()
+            return y * (1 + 1e-6) if spoilt is not None and len(x) in spoilt else y
+
+        def __init__(self, weight):
+            super().__init__(weight)
+            self.weight = weight.double()
+
+    monkeypatch.setattr(linear, "Packed", Spoilt)
+    library = Packed(torch.randn(8, 64)).library
+    tried = (torch.Size([48, 64]), torch.float32, False, None, 1)
+    assert linear.agreeing_rows.__wrapped__(library, *tried) == found
+    assert linear.agreeing_rows.__wrapped__("torch", *tried) == (ROW_BLOCK, ROW_BLOCK)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 17, 48, 49, 100])
+def test_products_take_no_more_rows_than_agree(num_rows, halves, monkeypatch):
+    """Blocks of at most as many as agree, the last one a multiple of ROW_BLOCK; the sums are those of one product."""
+    weight, x, asked = Packed(halves), torch.randn(num_rows, 128), []
+    product = weight.product
+    monkeypatch.setattr(weight, "rows", lambda *how: (ROW_MULTIPLE, 48))
+    monkeypatch.setattr(weight, "product", lambda block, *how: asked.append(len(block)) or product(block, *how))
+    y = linear.linear(x, weight, None)
+    torch.testing.assert_close(y, F.linear(x, halves), rtol=1e-4, atol=1e-9)
+    assert sum(asked) - num_rows < (ROW_MULTIPLE if num_rows <= ROW_BLOCK else ROW_BLOCK)
+    assert all(rows <= 48 and not rows % (ROW_MULTIPLE if num_rows <= ROW_BLOCK else ROW_BLOCK) for rows in asked)
 
 
 @pytest.mark.parametrize(

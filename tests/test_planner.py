@@ -1,6 +1,5 @@
 """The search for the fastest shape: on times that are made up, and as the command runs it."""
 
-import dataclasses
 import json
 import math
 import time
@@ -29,10 +28,11 @@ def test_default_trees_fill_the_rows_that_a_pass_takes_cheaply(monkeypatch):
     decoder = StagedDecoder.from_pretrained(dtype="float32", device="cpu")
     assert decoder.plan("staged").budget + 1 == reference.cheap_rows(torch.device("cpu"), torch.float32) == 8
     monkeypatch.setattr(reference, "cheap_rows", lambda device, dtype: 16)
-    assert decoder.plan("staged") == dataclasses.replace(STAGED, min_prob=reference.DRAFT_MIN_PROB)
+    assert decoder.plan("staged") == STAGED
     assert reference.cheap_rows(torch.device("cuda"), torch.float32) == 16
-    monkeypatch.setattr(reference, "DRAFT_ROUNDS", 3)
-    assert decoder.plan("staged").rounds == (4, 3) and gpu.DRAFT_ROUNDS == 2 and gpu.DRAFT_MIN_PROB == 0
+    monkeypatch.setattr(reference, "TREE_SHAPE", gpu.TREE_SHAPE)
+    assert decoder.plan("staged") == default_speculation("staged", ["draft2", "draft"], 16, gpu.TREE_SHAPE)
+    assert decoder.plan("staged").rounds == (2, 2) and decoder.plan("staged").min_prob == 0
 
 
 def test_rows_are_cheap_where_matrices_are_native(monkeypatch):
@@ -51,7 +51,7 @@ def test_a_neighbour_differs_in_one_number_by_one_step():
         assert len(changed) == 1
     assert {shape.budget for shape in found} == {11, 15, 23}
     assert {shape.rounds for shape in found} >= {(3, 1), (6, 1), (4, 2)}
-    assert {shape.min_prob for shape in found} == {0.0, 0.05}
+    assert {shape.min_prob for shape in found} >= {STAGED.min_prob} and len({shape.min_prob for shape in found}) > 1
     alone = neighbours(default_speculation("tree", ["draft"]))
     assert {shape.min_prob for shape in alone} == {0.0}, "the lowest stage takes no notice of it"
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.gpu.config import DRAFT_MIN_PROB, DRAFT_ROUNDS, PREFILL_ROWS
+from kernels.gpu.config import PREFILL_ROWS, TREE_SHAPE
 from kernels.gpu.forward import (
     layer_norm_linear,
     layer_norm_qkv,
@@ -49,9 +49,8 @@ def pad_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 __all__ = [
-    "DRAFT_MIN_PROB",
-    "DRAFT_ROUNDS",
     "PREFILL_ROWS",
+    "TREE_SHAPE",
     "capturable",
     "cheap_rows",
     "draw",

@@ -13,7 +13,7 @@ from kernels.reference.linear import (
 )
 from kernels.reference.lookup import extend_tree, hash_context, learn, lookup, lookup_nodes, new_recent
 from kernels.reference.moments import new_moments
-from kernels.reference.route import DRAFT_MIN_PROB, DRAFT_ROUNDS, PREFILL_ROWS, embed, path_slots, route
+from kernels.reference.route import PREFILL_ROWS, TREE_SHAPE, embed, path_slots, route
 from kernels.reference.rows import stage_rows
 from kernels.reference.sampling import draw, gumbel_noise, philox, seed_number
 from kernels.reference.state import capturable, new_chain, new_progress, new_seed, state_device
@@ -21,9 +21,8 @@ from kernels.reference.tree import insert_children, new_tree, reroot, select_nod
 from kernels.reference.verify import verify, verify_and_commit
 
 __all__ = [
-    "DRAFT_MIN_PROB",
-    "DRAFT_ROUNDS",
     "PREFILL_ROWS",
+    "TREE_SHAPE",
     "capturable",
     "cheap_rows",
     "draw",

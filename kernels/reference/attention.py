@@ -41,15 +41,15 @@ def tree_attention(
     attend = _by_columns if agree and COMPILES else _by_rows
     mixed = q.new_zeros(len(q), heads, dim)
     for block in route.blocks:
-        mixed[block.rows] = attend(q[block.rows], k_cache, v_cache, block, scale, multiple)
+        mixed[block.rows] = attend(q[block.rows], k_cache, v_cache, block, scale, multiple, route.workspaces)
     return mixed.flatten(1)
 
 
 class _Workspace:
-    """What the products of a block read and write, in every layer of a pass: float32, by head."""
+    """What the products of a block read and write, float32, by head. Blocks of one shape and all layers of a pass take
+    turns with one."""
 
-    def __init__(self, block: Block, heads: int, dim: int, multiple: int):
-        num_rows, num_columns = len(block.ends), len(block.slots)
+    def __init__(self, num_rows: int, num_columns: int, heads: int, dim: int, multiple: int):
         padded = -(-num_rows // multiple) * multiple
         self.by_head = torch.empty(heads, padded, dim)
         keys, values = torch.empty(heads, num_columns, dim), torch.empty(heads, num_columns, dim)
@@ -58,17 +58,22 @@ class _Workspace:
         starts = [0, *range(TAIL_WINDOW, num_columns + 1, SHARED_WINDOW)]
         self.windows = [(self.scores[..., i:j], values[:, i:j]) for i, j in itertools.pairwise(starts)]
         self.by_row = self.mixed[:, :num_rows].transpose(0, 1)
-        self.gathered = [_integers(to) for to in (self.by_head, keys, values)]
+        self.gathered = [to.view(torch.int32).numpy() for to in (self.by_head, keys, values)]
         self.weighed = self.scores.numpy()
 
 
-def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int) -> torch.Tensor:
+def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int, workspaces: dict) -> torch.Tensor:
     """The rows of ``block``: float32 [N, H, D]."""
-    if block.workspace is None:
-        block.workspace = _Workspace(block, *q.shape[1:], multiple)
-    space = block.workspace
-    arrays, shift = _as_integers(q, k_cache, v_cache)
-    _gather(*arrays, block.slots, shift, *space.gathered)
+    shape = (len(block.ends), len(block.slots), *q.shape[1:], multiple)
+    if shape not in workspaces:
+        workspaces[shape] = _Workspace(*shape)
+    space, slots = workspaces[shape], block.slots
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        where, slots = torch.from_numpy(slots), np.arange(len(slots))
+        q, k_cache, v_cache = q.float(), k_cache.index_select(0, where).float(), v_cache.index_select(0, where).float()
+    integers, shift = (torch.int16, np.int32(16)) if q.dtype == torch.bfloat16 else (torch.int32, np.int32(0))
+    bits = [tensor.view(integers).numpy() for tensor in (q, k_cache, v_cache)]
+    _gather(*bits, slots, shift, *space.gathered)
     if len(space.keys) == 1:
         torch.bmm(space.by_head, space.keys[0], out=space.scores)
     else:
@@ -79,17 +84,6 @@ def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int) 
     for window in space.windows[1:]:
         space.mixed.baddbmm_(*window)
     return space.by_row
-
-
-def _as_integers(*tensors: torch.Tensor) -> tuple[list[np.ndarray], np.int32]:
-    """Their bits as integers, and how far to shift those for float32's."""
-    if tensors[0].dtype == torch.bfloat16:
-        return [tensor.view(torch.int16).numpy() for tensor in tensors], np.int32(16)
-    return [_integers(tensor.float()) for tensor in tensors], np.int32(0)
-
-
-def _integers(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.view(torch.int32).numpy()
 
 
 @compiled
@@ -174,11 +168,13 @@ def _softmax(values, parts):
         values[i] /= total
 
 
-def _by_rows(q, k_cache, v_cache, block: Block, scale: float, multiple: int) -> torch.Tensor:
+def _by_rows(q, k_cache, v_cache, block: Block, scale: float, multiple: int, workspaces: dict) -> torch.Tensor:
     """The rows of ``block``, tails row by row and windows in products of one shape: float32 [N, H, D]."""
-    slots, columns, bias = block.on(q.device)
+    if block not in workspaces:
+        workspaces[block] = block.on(q.device)
+    slots, columns, bias = workspaces[block]
     live = len(columns)
-    by_head = _padded(q.float().transpose(0, 1), -(-live // multiple) * multiple)
+    by_head = _padded(q.float().transpose(0, 1).contiguous(), -(-live // multiple) * multiple)
     heads, _, dim = by_head.shape
     keys, values = (cache.index_select(0, slots).float().transpose(0, 1) for cache in (k_cache, v_cache))  # [H, C, D]
     each = _each(by_head[:, :live].reshape(-1, 1, dim), keys[:, columns].flatten(0, 1).transpose(1, 2))
@@ -213,13 +209,13 @@ def agreeing(heads: int, dim: int, num_threads: int) -> tuple[int, bool]:
     columns may be shared as the module says. Both are found out by trying, on random numbers."""
     generator = torch.Generator().manual_seed(0)
     most = MOST_COLUMNS
-    queries = torch.randn(ROW_BLOCK, 3, heads, dim, generator=generator)[:, 0].transpose(0, 1)  # strides as in a pass
+    queries = torch.randn(heads, ROW_BLOCK, dim, generator=generator)
     keys = torch.randn(heads, most, dim, generator=generator)
     weights = torch.rand(heads, ROW_BLOCK, most, generator=generator)
     parts = [slice(TAIL_WINDOW), slice(TAIL_WINDOW, TAIL_WINDOW + SHARED_WINDOW), slice(most)]
 
     def products(rows: int) -> torch.Tensor:
-        scores = [torch.bmm(queries[:, :rows], keys[:, part].transpose(1, 2)) for part in parts]
+        scores = [torch.bmm(queries[:, :rows].contiguous(), keys[:, part].transpose(1, 2)) for part in parts]
         sums = torch.bmm(weights[:, :rows, parts[0]], keys[:, parts[0]])
         sums.baddbmm_(weights[:, :rows, parts[1]], keys[:, parts[1]])
         return torch.cat([*scores, sums], -1).transpose(0, 1)
@@ -238,7 +234,7 @@ def agreeing(heads: int, dim: int, num_threads: int) -> tuple[int, bool]:
     for rows in range(multiple, ROW_BLOCK + 1, multiple):
         for count in range(TAIL_WINDOW, most + 1, TAIL_WINDOW):
             some = order[:count]
-            scores = torch.bmm(queries[:, :rows], keys[:, some].transpose(1, 2))
+            scores = torch.bmm(queries[:, :rows].contiguous(), keys[:, some].transpose(1, 2))
             columns = torch.randperm(TAIL_WINDOW, generator=generator)[:TAIL_LANES].sort().values
             if not torch.equal(scores, whole[:, :rows, some]):
                 return multiple, False

@@ -1,12 +1,14 @@
 """Loops over the few nodes of a tree, compiled by numba where it is installed, else run as the Python they are.
 
 numba keeps the machine code, in ``__pycache__`` beside the source where it can, and makes it anew when that file
-changes, but not when another one does whose loops or structures it uses. So what is older than any of them goes first.
+changes, but not when another one does whose loops or structures it uses. So all of it goes when any source has changed.
+(A process that began before the change and still writes there is not noticed: ``make clean``.)
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,29 +25,34 @@ except ImportError as error:
 COMPILES = njit is not None
 
 
-def _forget_what_is_stale() -> None:
-    folder = Path(__file__).parent
-    changed = max(source.stat().st_mtime for source in [*folder.glob("*.py"), folder.parent / "layout.py"])
-    for kept in (folder / "__pycache__").glob("*.nb[ci]"):
-        try:
-            if kept.stat().st_mtime < changed:
-                kept.unlink()
-        except OSError:  # another process was faster, or it may not be written
-            pass
-
-
-if COMPILES:
-    _forget_what_is_stale()
-
-
 def compiled(loop: Callable) -> Callable:
     """``loop``, over numpy arrays and structures of them, as machine code. It checks no index."""
     if njit is None:
         return loop
     try:
-        return njit(loop, cache=True)
+        function = njit(loop, cache=True)
     except RuntimeError:  # no folder to keep it in
         return njit(loop)
+    _forget_what_is_stale(Path(function.stats.cache_path))
+    return function
+
+
+@cache
+def _forget_what_is_stale(folder: Path) -> None:
+    """Remove the machine code in ``folder`` unless it was made from the sources as they are now."""
+    here = Path(__file__).parent
+    sources = [*sorted(here.glob("*.py")), here.parent / "layout.py"]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    note = folder / "sources.sha256"
+    try:
+        if note.exists() and note.read_text() == digest:
+            return
+        for kept in folder.glob("*.nb[ci]"):
+            kept.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(digest)
+    except OSError:  # a folder that may only be read
+        pass
 
 
 @lru_cache(maxsize=16)  # it keeps what it has seen last alive

@@ -42,11 +42,11 @@ class Packed:
         native = matrices_are_native(weight.dtype)
         halves = None if native and weight.dtype != torch.float32 else _in_halves(weight)
         if halves is not None:
-            self.product, self._parts = self._fbgemm, halves
+            self.library, self._parts = "fbgemm", halves
         elif native:
-            self.product, self._parts = self._onednn, (torch.ops.mkldnn._reorder_linear_weight(weight, ROW_BLOCK),)
+            self.library, self._parts = "onednn", (torch.ops.mkldnn._reorder_linear_weight(weight, ROW_BLOCK),)
         else:
-            self.product, self._parts = self._plain, (weight,)
+            self.library, self._parts = "torch", (weight,)
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -56,22 +56,19 @@ class Packed:
         """In the model's dtype, whichever way it is kept here."""
         return self.numel() * self._size
 
-    def rows(self) -> tuple[int, int]:
+    def rows(self, has_bias: bool, activation: str | None) -> tuple[int, int]:
         """``agreeing_rows`` of matrices such as this one."""
-        if self.product == self._plain:
-            return ROW_BLOCK, ROW_BLOCK
-        return agreeing_rows(self.product == self._fbgemm, self.shape, self.dtype, torch.get_num_threads())
+        how = has_bias, activation, torch.get_num_threads()
+        return agreeing_rows(self.library, self.shape, self.dtype, *how)
 
-    def _fbgemm(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+        if self.library == "onednn":
+            return torch.ops.mkldnn._linear_pointwise.default(x, self._parts[0], bias, *_FUSED[activation])
+        if self.library == "torch":
+            return _activated(F.linear(x, self._parts[0], bias), activation)
         sums, scale = self._parts[0](x.float()), self._parts[1]
         y = sums.mul_(scale) if bias is None else torch.add(bias, sums, alpha=scale)
         return _activated(y.to(self.dtype), activation)
-
-    def _onednn(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(x, self._parts[0], bias, *_FUSED[activation])
-
-    def _plain(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-        return _activated(F.linear(x, self._parts[0], bias), activation)
 
 
 Matrix = torch.Tensor | Packed | Quantized
@@ -94,7 +91,7 @@ def cheap_rows(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def pad_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [N, C] with the rows of zeros below that every product of a pass wants, so that none pads it again."""
+    """``x`` [N, C] with rows of zeros below, as products want them where few rows agree, so that none pads it again."""
     return F.pad(x, (0, 0, 0, -len(x) % (ROW_MULTIPLE if len(x) <= ROW_BLOCK else ROW_BLOCK)))
 
 
@@ -136,7 +133,9 @@ def agreeing_multiple(product) -> int:
 
 
 @functools.cache
-def agreeing_rows(in_halves: bool, shape: torch.Size, dtype: torch.dtype, num_threads: int) -> tuple[int, int]:
+def agreeing_rows(
+    library: str, shape: torch.Size, dtype: torch.dtype, has_bias: bool, activation: str | None, num_threads: int
+) -> tuple[int, int]:
     """Products with a matrix [M, K] have the same bits for any multiple of the first number of rows, up to ROW_BLOCK,
     and for any multiple of ROW_BLOCK up to the second number.
 
@@ -150,13 +149,15 @@ def agreeing_rows(in_halves: bool, shape: torch.Size, dtype: torch.dtype, num_th
         return values + noise * torch.randn(count, shape[1], generator=generator)
 
     weight, x = cancelling(shape[0], -1, 2.0**-6), cancelling(MAX_ROWS, 1, 2.0**-9).to(dtype)
-    matrix = Packed((weight.bfloat16() if in_halves else weight).to(dtype))
+    matrix = Packed((weight.bfloat16() if library == "fbgemm" else weight).to(dtype))
+    if matrix.library != library or library == "torch":
+        return ROW_BLOCK, ROW_BLOCK
+    bias = torch.randn(shape[0], generator=generator).to(dtype) * 2.0**-4 if has_bias else None
+    whole, most = torch.cat([matrix.product(block, bias, activation) for block in x.split(ROW_BLOCK)]), ROW_BLOCK
 
     def product(num_rows: int) -> torch.Tensor:
-        return torch.cat([matrix.product(x[:num_rows], None, activation) for activation in (None, "gelu_tanh")], -1)
+        return matrix.product(x[:num_rows], bias, activation)
 
-    blocks = [[matrix.product(block, None, act) for block in x.split(ROW_BLOCK)] for act in (None, "gelu_tanh")]
-    whole, most = torch.cat([torch.cat(block) for block in blocks], -1), ROW_BLOCK
     while most < MAX_ROWS and torch.equal(product(most + ROW_BLOCK), whole[: most + ROW_BLOCK]):
         most += ROW_BLOCK
     return agreeing_multiple(product), most
@@ -238,7 +239,10 @@ def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> tor
 def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
     """activation(x @ weight.T + bias), in products of rows that agree, padded with zeros where rows lack."""
     elements = weight.values if isinstance(weight, Quantized) else weight
-    multiple, most = elements.rows() if isinstance(elements, Packed) else (ROW_BLOCK, ROW_BLOCK)
+    multiple = most = ROW_BLOCK
+    if isinstance(elements, Packed):
+        own = (False, None) if isinstance(weight, Quantized) else (bias is not None, activation)
+        multiple, most = elements.rows(*own)
     num_rows = x.shape[0]
     missing = -num_rows % (multiple if num_rows <= ROW_BLOCK else ROW_BLOCK)
     if missing:

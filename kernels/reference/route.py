@@ -4,18 +4,17 @@ Slots are worked out on the host, once per pass. Dimension letters are explained
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW, shared_end
+from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW, TreeShape, shared_end
 from kernels.reference.compiled import compiled
 from kernels.reference.moments import with_moments
 
 PREFILL_ROWS = 128  # rows of one pass of a long prompt: bounds the memory it takes
-DRAFT_ROUNDS = 1  # passes of a draft that pay before one of the oracle, as measured on a CPU
-DRAFT_MIN_PROB = 0.2  # of a node that is worth a row of a draft's pass, as tried by hand on one CPU
+TREE_SHAPE = TreeShape(lookup_rounds=4, lookup_width=4, draft_rounds=1, draft_children=6, min_prob=0.2)  # of one CPU
 
 
 def embed(
@@ -29,7 +28,7 @@ def embed(
     return with_moments(wte.index_select(0, tokens) + wpe.index_select(0, positions), moments)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Block:
     """What a few consecutive rows read, as numpy arrays. Their keys stand in C columns: first what their tails hold,
     each slot once, in the order of positions; then, from TAIL_WINDOW on, windows of SHARED_WINDOW consecutive positions
@@ -41,7 +40,6 @@ class Block:
     live: np.ndarray  # bool [N, TAIL_LANES], whether it holds a key
     firsts: np.ndarray  # int64 [N], where the row's windows begin, counted from TAIL_WINDOW on
     ends: np.ndarray  # int64 [N], how many positions of them the row sees
-    workspace: Any = None  # of the layers of this pass, which all have the same shape
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``slots``, ``columns`` and the bias of all lanes, the columns of windows standing for theirs: float32
@@ -58,6 +56,7 @@ class Route(NamedTuple):
     write_rows: torch.Tensor | None  # int64 [n], None = all rows
     write_slots: torch.Tensor  # int64 [n]
     blocks: list[Block]
+    workspaces: dict  # what ``tree_attention`` keeps from one layer to the next
 
 
 def route(
@@ -86,19 +85,16 @@ def route(
             )
             count = count if fits else -(-count // 2)
         if one_shape(device):  # rows of padding see the null page, so that none is NaN
-            slots, *of_rows = arrays
-            arrays = (
-                slots,
-                *(np.pad(array, [(0, ROW_BLOCK - count)] + [(0, 0)] * (array.ndim - 1)) for array in of_rows),
-            )
-            arrays[2][count:] = True
+            padding = ((0, ROW_BLOCK - count), (0, 0))
+            arrays[1:] = [np.pad(array, padding[: array.ndim]) for array in arrays[1:]]
+            arrays[1][count:], arrays[2][count:] = TAIL_WINDOW - 1, True
         blocks.append(Block(rows, *arrays))
         start += count
     write_slots, every = slot_mapping, None
     if len(slot_mapping) and slot_mapping.min() < 0:
         write_rows = np.flatnonzero(slot_mapping >= 0)
         write_slots, every = slot_mapping[write_rows], torch.from_numpy(write_rows).to(device)
-    return Route(every, torch.from_numpy(write_slots.astype(np.int64)).to(device), blocks)
+    return Route(every, torch.from_numpy(write_slots.astype(np.int64)).to(device), blocks, {})
 
 
 def path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> torch.Tensor:

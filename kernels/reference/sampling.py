@@ -128,7 +128,7 @@ def _finish(scores, plain, ids, width, tau):
     tokens, children = np.empty(num_rows, np.int32), np.empty((num_rows, width), np.int32)
     edges, chosen = np.empty((num_rows, width), np.float32), np.empty((num_rows, width), np.float32)
     for row in range(num_rows):
-        total, plain_total = _log_sum_exp(scores[row], tau), _log_sum_exp(plain[row], np.float32(1))
+        (highest, total), (plain_highest, plain_total) = _log_sum(scores[row], tau), _log_sum(plain[row], np.float32(1))
         taken = np.zeros(count, np.bool_)
         for column in range(width):
             at = -1
@@ -139,23 +139,23 @@ def _finish(scores, plain, ids, width, tau):
                         at = i
             taken[at] = True
             children[row, column] = ids[row, at]
-            edges[row, column] = scores[row, at] / tau - total
-            chosen[row, column] = plain[row, at] - plain_total
+            edges[row, column] = (scores[row, at] - highest) / tau - total
+            chosen[row, column] = plain[row, at] - plain_highest - plain_total
             if column == 0:
                 tokens[row] = -1 if np.isnan(scores[row, at]) else ids[row, at]
     return tokens, children, edges, chosen
 
 
 @compiled
-def _log_sum_exp(values, tau):
-    """log sum exp(values / tau), NaN where torch's is."""
+def _log_sum(values, tau):
+    """The largest value, and log sum exp((values - largest) / tau)."""
     largest, total = np.float32(-np.inf), np.float32(0)
     for value in values:
         if value > largest:
             largest = value
     for value in values:
         total += np.exp((value - largest) / tau)
-    return largest / tau + np.log(total)
+    return largest, np.log(total)
 
 
 def _finish_many(scores, plain, ids, width: int, tau: float, scores_wanted: bool) -> tuple[torch.Tensor, ...]:
@@ -199,9 +199,10 @@ def largest(
     missing = -logits.shape[1] % VOCAB_TILE
     tiles = F.pad(logits, (0, missing), value=-math.inf) if missing else logits
     maxima = tiles.unflatten(1, (-1, VOCAB_TILE)).amax(-1).float() / temperature
-    bits, shift = logits.view(torch.int16), 16
-    if logits.dtype != torch.bfloat16:
-        bits, shift = logits.float().view(torch.int32), 0
+    if logits.dtype == torch.bfloat16:
+        bits, shift = logits.contiguous().view(torch.int16), 16
+    else:
+        bits, shift = logits.float().contiguous().view(torch.int32), 0
     arguments = bits.numpy(), np.int32(shift), np.float32(temperature), maxima.numpy(), count, survivors, VOCAB_TILE
     return tuple(map(torch.from_numpy, _largest(*arguments)))
 
