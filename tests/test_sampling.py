@@ -197,7 +197,7 @@ def test_row_does_not_depend_on_its_neighbours(sampling):
         assert torch.equal(beside[0][:-1], alone[0])
         live = alone[2] > -math.inf
         assert torch.equal(beside[1][:-1][live], alone[1][live])
-        torch.testing.assert_close(beside[2][:-1], alone[2], atol=1e-6, rtol=0)
+        torch.testing.assert_close(beside[2][:-1], alone[2], atol=4e-6, rtol=0)  # of few candidates, of many
 
 
 @each_rule

@@ -149,13 +149,13 @@ def _finish(scores, plain, ids, width, tau):
 @compiled
 def _log_sum(values, tau):
     """The largest value, and log sum exp((values - largest) / tau)."""
-    largest, total = np.float32(-np.inf), np.float32(0)
+    largest, total = np.float32(-np.inf), 0.0
     for value in values:
         if value > largest:
             largest = value
     for value in values:
         total += np.exp((value - largest) / tau)
-    return largest, np.log(total)
+    return largest, np.float32(np.log(total))
 
 
 def _finish_many(scores, plain, ids, width: int, tau: float, scores_wanted: bool) -> tuple[torch.Tensor, ...]:
