@@ -67,24 +67,25 @@ def extend_tree(
     """
     table, tree, progress = in_numpy(table), in_numpy(tree), in_numpy(progress)
     recent = None if recent is None else in_numpy(recent)
-    words = split_seed(seed_number(sampling.seed)) if sampling.noise else None
+    words = split_seed(seed_number(sampling.seed))
     scale = np.float32(sampling.temperature), np.float32(tau)
-    return _extend(table, tree, progress, recent, words, *scale, rounds, width, num_children, MAX_PROBES, DEPTH_LIMIT)
+    shape = rounds, width, num_children, MAX_PROBES, DEPTH_LIMIT
+    return _extend(table, tree, progress, recent, sampling.noise, words, *scale, *shape)
 
 
 @compiled
 def _extend(
-    table, tree, progress, recent, words, temperature, tau, rounds, width, num_children, max_probes, depth_limit
+    table, tree, progress, recent, is_noisy, words, temperature, tau, rounds, width, num_children, max_probes, depth_limit
 ):
-    num_nodes, max_depth = 0, min(progress.reach[-1, 0], depth_limit)
+    num_nodes, max_depth = 0, min(np.int64(progress.reach[-1, 0]), depth_limit)
     for _ in range(rounds):
-        nodes = select(tree, 0, width, progress.reach[0, 0], np.float32(-np.inf))
+        nodes = select(tree, 0, width, np.int64(progress.reach[0, 0]), np.float32(-np.inf))
         if len(nodes) == 0:
             break
         num_nodes += len(nodes)
         previous, last, positions = _contexts_of(tree, nodes, progress.text, progress.length)
         tokens, log_probs, log_rest, levels = _rows(table, recent, previous, last, temperature, max_probes)
-        if words is not None:
+        if is_noisy:
             drawn = keyed_noise(words[0], words[1], np.repeat(positions, tokens.shape[1]), tokens.ravel())
             log_probs += drawn.reshape(tokens.shape)
         children, scores = _best(tokens, log_probs, log_rest, num_children, tau)

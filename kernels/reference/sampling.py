@@ -243,8 +243,8 @@ def _largest(bits, shift, temperature, maxima, count, survivors, tile_size):
                     if not score < least:
                         values[row, found], ids[row, found] = score, token
                         found += 1
-        rising = np.sort(values[row, :found])
-        last, kth = rising[found - count], rising[found - survivors]
+        last = np.partition(values[row, :found], found - count)[found - count]
+        kth = np.partition(values[row, :found], found - survivors)[found - survivors]
         for i in range(found):
             score = values[row, i]
             if not score < last:
