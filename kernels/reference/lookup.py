@@ -75,7 +75,7 @@ def extend_tree(
 
 @compiled
 def _extend(
-    table, tree, progress, recent, is_noisy, words, temperature, tau, rounds, width, num_children, max_probes, depth_limit
+    table, tree, progress, recent, noisy, words, temperature, tau, rounds, width, num_children, max_probes, depth_limit
 ):
     num_nodes, max_depth = 0, min(np.int64(progress.reach[-1, 0]), depth_limit)
     for _ in range(rounds):
@@ -85,7 +85,7 @@ def _extend(
         num_nodes += len(nodes)
         previous, last, positions = _contexts_of(tree, nodes, progress.text, progress.length)
         tokens, log_probs, log_rest, levels = _rows(table, recent, previous, last, temperature, max_probes)
-        if is_noisy:
+        if noisy:
             drawn = keyed_noise(words[0], words[1], np.repeat(positions, tokens.shape[1]), tokens.ravel())
             log_probs += drawn.reshape(tokens.shape)
         children, scores = _best(tokens, log_probs, log_rest, num_children, tau)
