@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels.reference.compiled as compiled_module
 from kernels.reference.sampling import _finish, _finish_many, by_topk, keyed_noise, largest
 
 WORKED_BY_HAND = ["tree", "rows_of_a_pass", "verify_and_commit", "lookup_nodes", "attention_by_hand", "noise"]
@@ -94,3 +95,19 @@ def test_few_candidates_end_as_many_do(noise, shift, width):
         torch.testing.assert_close(rounded, exact.float(), rtol=1e-5, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(mine, exact.float(), rtol=1e-6, atol=1e-6, equal_nan=True)  # wherever they lie
     assert found[0][3] == -1 and found[0][2] >= 100
+
+
+def test_machine_code_of_other_sources_is_dropped(tmp_path):
+    """All of it, once; what was made from the sources as they are stays, and so does every other file."""
+    forget = compiled_module._forget_what_is_stale.__wrapped__
+    code, other = [tmp_path / "tree.select-1.nbi", tmp_path / "tree.select-1.1.nbc"], tmp_path / "tree.pyc"
+    for path in (*code, other):
+        path.write_bytes(b"")
+    forget(tmp_path)
+    assert not any(path.exists() for path in code) and other.exists()
+    code[0].write_bytes(b"")
+    forget(tmp_path)
+    assert code[0].exists()
+    (tmp_path / "sources.sha256").write_text("of another day")
+    forget(tmp_path)
+    assert not code[0].exists()
