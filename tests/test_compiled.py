@@ -11,7 +11,15 @@ import torch
 import kernels.reference.compiled as compiled_module
 from kernels.reference.sampling import _finish, _finish_many, by_topk, keyed_noise, largest
 
-WORKED_BY_HAND = ["tree", "rows_of_a_pass", "verify_and_commit", "lookup_nodes", "attention_by_hand", "noise"]
+WORKED_BY_HAND = [
+    "tree",
+    "tree_invariants",
+    "rows_of_a_pass",
+    "verify_and_commit",
+    "lookup_nodes",
+    "attention_by_hand",
+    "noise",
+]
 
 
 def test_without_numba():

@@ -1,4 +1,4 @@
-"""The tree operations: cases worked by hand, then invariants that hold after any sequence of operations.
+"""The tree operations: cases worked by hand.
 
 The tree of most cases below, token and edge score beside each node's index:
 
@@ -9,12 +9,12 @@ The tree of most cases below, token and edge score beside each node's index:
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from kernels.layout import DEPTH_LIMIT
 from kernels.reference import insert_children, new_tree, reroot, select_nodes, verify
+from tests.test_tree_invariants import check_invariants, path_of
 
 NO_EOS = ()
 NEVER = -math.inf
@@ -50,10 +50,6 @@ def tree():
 
 def live(column: torch.Tensor, tree) -> list:
     return column[: int(tree.num_nodes)].tolist()
-
-
-def path_of(tree, node: int) -> list[int]:
-    return [ancestor for ancestor in tree.paths[node].tolist() if ancestor >= 0]
 
 
 # --- building
@@ -146,6 +142,20 @@ def test_deepest_chain_can_be_built_and_continued():
     insert(tree, 0, {DEPTH_LIMIT - 20: {99: -0.5}}, max_depth=DEPTH_LIMIT)
     check_invariants(tree)
     assert path_of(tree, DEPTH_LIMIT - 19) == list(range(DEPTH_LIMIT - 18))
+
+
+def test_the_cheapest_stage_that_proposes_a_child_is_its_source():
+    tree = new_tree(8, root=7)
+    for stage in (1, 0, 2):
+        insert_children(tree, stage, int32(0), int32(5)[None], torch.tensor([[-1.0]]), 8)
+    assert tree.sources[1] == 0 and tree.num_nodes == 2
+
+
+def test_no_child_below_the_deepest_a_path_can_hold():
+    tree = new_tree(DEPTH_LIMIT + 3, root=7)
+    for node in range(DEPTH_LIMIT + 1):
+        insert_children(tree, 0, int32(node), int32(5)[None], torch.tensor([[-1.0]]), DEPTH_LIMIT + 8)
+    assert tree.num_nodes == DEPTH_LIMIT + 1 and tree.depths.max() == DEPTH_LIMIT
 
 
 # --- select_nodes
@@ -291,73 +301,3 @@ def test_reroot_keeps_sources(tree):
     insert(tree, 1, {1: {30: -0.5, 80: -1.0}})
     reroot(tree, 0, 10)
     assert live(tree.tokens, tree) == [10, 30, 50, 80] and live(tree.sources, tree) == [0, 0, 0, 1]
-
-
-# --- any sequence of operations
-
-
-def check_invariants(tree) -> None:
-    """What the loop relies on after every operation."""
-    n = int(tree.num_nodes)
-    assert 1 <= n <= len(tree.tokens)
-    assert tree.parents[0] == -1 and tree.depths[0] == 0 and tree.edge_scores[0] == tree.path_scores[0] == 0
-    children = set()
-    for node in range(n):
-        parent = int(tree.parents[node])
-        assert path_of(tree, node) == (path_of(tree, parent) if node else []) + [node]
-        assert (tree.paths[node, int(tree.depths[node]) + 1 :] == -1).all()
-        if node:
-            assert 0 <= parent < node and tree.depths[node] == tree.depths[parent] + 1
-            assert tree.path_scores[node] == tree.path_scores[parent] + tree.edge_scores[node]
-            assert tree.path_scores[node] <= tree.path_scores[parent]
-            assert tree.scored[parent] >= tree.sources[node] >= 0
-            children.add((parent, int(tree.tokens[node])))
-    assert len(children) == n - 1, "two children of one node carry the same token"
-
-
-def check_selection(tree, stage: int, nodes: torch.Tensor, width: int) -> None:
-    """Closed under parents: a chosen node's parent is chosen or scored already."""
-    chosen = set(nodes.tolist())
-    assert len(chosen) == len(nodes) <= width
-    for node in chosen - {0}:
-        parent = int(tree.parents[node])
-        assert parent in chosen or tree.scored[parent] >= stage
-
-
-def random_step(tree, rng: np.random.Generator, vocab_size: int) -> None:
-    """Score some nodes by a random stage, or walk to a random node and re-root there or on a new token."""
-    if rng.random() < 0.8:
-        stage, width, count = int(rng.integers(3)), int(rng.integers(1, 9)), int(rng.integers(1, vocab_size + 1))
-        max_depth = int(rng.integers(1, DEPTH_LIMIT + 1))
-        nodes = select_nodes(tree, stage, width, max_depth - 1)
-        check_selection(tree, stage, nodes, width)
-        tokens = np.stack([rng.permutation(vocab_size)[:count] for _ in nodes]) if len(nodes) else np.empty((0, count))
-        scores = -rng.exponential(size=tokens.shape)
-        scores[rng.random(tokens.shape) < 0.1] = NEVER
-        scores[rng.random(tokens.shape) < 0.2] = 0.0
-        insert_children(tree, stage, nodes, torch.from_numpy(tokens).int(), torch.from_numpy(scores).float(), max_depth)
-    else:
-        reroot(tree, int(rng.integers(int(tree.num_nodes))), int(rng.integers(vocab_size)))
-
-
-@pytest.mark.parametrize("capacity", [1, 2, 13, 200])
-def test_invariants_hold_after_any_operations(capacity):
-    """300 random steps over a small vocabulary, so that guesses merge, are rejected and are re-rooted onto often."""
-    rng, tree = np.random.default_rng(capacity), rooted(capacity, root=0)
-    for _ in range(300):
-        random_step(tree, rng, vocab_size=4)
-        check_invariants(tree)
-
-
-def test_the_cheapest_stage_that_proposes_a_child_is_its_source():
-    tree = new_tree(8, root=7)
-    for stage in (1, 0, 2):
-        insert_children(tree, stage, int32(0), int32(5)[None], torch.tensor([[-1.0]]), 8)
-    assert tree.sources[1] == 0 and tree.num_nodes == 2
-
-
-def test_no_child_below_the_deepest_a_path_can_hold():
-    tree = new_tree(DEPTH_LIMIT + 3, root=7)
-    for node in range(DEPTH_LIMIT + 1):
-        insert_children(tree, 0, int32(node), int32(5)[None], torch.tensor([[-1.0]]), DEPTH_LIMIT + 8)
-    assert tree.num_nodes == DEPTH_LIMIT + 1 and tree.depths.max() == DEPTH_LIMIT
