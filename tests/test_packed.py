@@ -177,3 +177,25 @@ def test_attention_in_blocks(found, num_rows, start, monkeypatch):
         wanted = torch.einsum("hn,nhd->hd", weights, v[held].double()).flatten()
         assert (together[row] - wanted).abs().max() < 1e-5
         assert torch.equal(attend(slice(row, row + 1))[0], together[row])
+
+
+def test_sequences_that_share_the_end_of_their_text():
+    """Their tails are the same few slots, so one block holds both; each row sees the windows of its own sequence."""
+    table = torch.arange(1, 343, dtype=torch.int32).view(2, 171)
+    table[1, 100:] = table[0, 100:]
+    k, v, q = torch.randn(343, 3, 16), torch.randn(343, 3, 16), torch.randn(2, 3, 16)
+    k[0] = v[0] = 0.0
+    positions, sequences = int32(170, 170), int32(0, 1)
+    rest = (torch.zeros(2, 1, dtype=torch.int32), int32(0), table[:, 170])
+    route = reference.route(table, 1, int32(171, 171), sequences, positions, *rest)
+    assert len(route.blocks) == 1 and route.blocks[0].ends.tolist() == [128, 128]
+    for row, mixed in enumerate(reference.tree_attention(q, k, v, route, 0.3)):
+        slots = table[row].long()
+        weights = torch.softmax(0.3 * torch.einsum("hd,khd->hk", q[row].double(), k[slots].double()), -1)
+        torch.testing.assert_close(
+            mixed.double(), torch.einsum("hk,khd->hd", weights, v[slots].double()).flatten(), rtol=1e-5, atol=1e-5
+        )
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
