@@ -236,7 +236,7 @@ def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parame
         "text_tokens": len(trainer.ids),
         "teacher": flags.oracle.name if trainer.teacher is not None else None,
         **json.loads((flags.out / SOURCES).read_text()),
-        "log": [row for row in trainer.log if "heldout_loss" in row or row["step"] % 100 == 0],
+        "log": trainer.log,
     }
     (flags.out / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
