@@ -94,7 +94,7 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
         "--graphs",
         action=argparse.BooleanOptionalAction,
         default="auto",
-        help="capture iterations and prompts in CUDA graphs; default: iterations, where that is possible",
+        help="capture iterations and prompts in CUDA graphs; default: where that is possible",
     )
 
 

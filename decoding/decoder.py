@@ -93,11 +93,10 @@ class StagedDecoder:
         of them, cheapest first, for deeper chains. ``draft2`` is the directory of a table. "bundled" is the small trio
         that comes with the package, "auto" its lower stages, None leaves a stage out. ``dtype`` "auto" is the one that
         the device computes fast, bfloat16 where it has instructions for it and else float32, whatever the checkpoint's:
-        name the checkpoint's dtype to compare tokens with ``model.generate``. ``graphs``: whether an iteration is
-        captured in a CUDA graph and replayed; "auto" does so wherever it can be, with the triton backend on a GPU. The
-        first generation of each shape, with each temperature and each set of filters, captures one; eight are kept.
-        True also captures the passes over prompts, padded to a few sizes: launched from Python they are most of the
-        20 ms before the first token of GPT-2 Large's shape. That was not run on a GPU after its last change.
+        name the checkpoint's dtype to compare tokens with ``model.generate``. ``graphs``: whether iterations and passes
+        over prompts are captured in CUDA graphs and replayed; "auto" does so wherever it can be, with the triton
+        backend on a GPU. The first generation of each shape, with each temperature and each set of filters, captures an
+        iteration, of which eight are kept; prompts are padded to a few sizes.
         ``plan``: the shapes that ``staged plan`` found fastest on this machine, for ``method``; None: the defaults.
         ``draft_quantization="int8"`` keeps the drafts' matrices in 8 bits (``model.quantization``), never the oracle's:
         the text stays the same, a draft's pass reads about half of bfloat16's bytes and guesses a little worse.

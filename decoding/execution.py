@@ -70,10 +70,9 @@ class Captured:
 
     name = "captured"
 
-    def __init__(self, new_graph: Callable[[], Graph], ahead: int = 1, prompts: bool = True):
-        """``prompts``: capture the passes over prompts, too."""
+    def __init__(self, new_graph: Callable[[], Graph], ahead: int = 1):
         self._new_graph, self._ahead = new_graph, ahead
-        self.prefill = PromptPasses(new_graph).prefill if prompts else Eager().prefill
+        self.prefill = PromptPasses(new_graph).prefill
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()  # least recently used first
         self._max_plans = MAX_PLANS
 
@@ -154,11 +153,10 @@ def _key(generation: "Generation") -> tuple:
 
 
 def choose(lower: list[Stage], oracle: Stage, graphs: str | bool) -> Execution:
-    """Captured iterations where ``graphs`` is True or, where they are possible, "auto"; else eager ones.
+    """Captured prompts and iterations where ``graphs`` is True or, where they are possible, "auto"; else eager ones.
 
-    True also captures the passes over prompts, which "auto" leaves out until they have run on a GPU. Captured
-    iterations are possible on the Triton backend with all stages on one CUDA device; there an eager iteration is
-    launched ahead too. Raises ValueError for another value of ``graphs``, and for True where they are not possible.
+    They are possible on the Triton backend with all stages on one CUDA device; there an eager iteration is launched
+    ahead too. Raises ValueError for another value of ``graphs``, and for True where they are not possible.
     """
     if graphs != "auto" and not isinstance(graphs, bool):
         raise ValueError(f"graphs must be 'auto', True or False, got {graphs!r}")
@@ -167,7 +165,7 @@ def choose(lower: list[Stage], oracle: Stage, graphs: str | bool) -> Execution:
     if graphs is True and not on_gpu:
         where = f"{oracle.model.ops.__name__} on {', '.join(sorted(devices))}"
         raise ValueError(f"graphs=True needs the triton backend with all stages on one CUDA device, got {where}")
-    captured = Captured(lambda: CudaGraph(oracle.device), prompts=graphs is True)
+    captured = Captured(lambda: CudaGraph(oracle.device))
     execution = captured if on_gpu and graphs else Eager(ahead=int(on_gpu))
     _log.info("iterations on %s are %s", ", ".join(sorted(devices)), execution.name)
     return execution

@@ -155,6 +155,12 @@ def _lookup(c: dict, launch: Launch) -> list[Wait]:
     return waits
 
 
+def _extend(c: dict, launch: Launch) -> list[Wait]:
+    bodies = _select(c, launch) + _lookup(c, launch) + _insert(c, launch)
+    bodies.append(Wait(3, "barrier", "nodes, children and tree are written, then read"))
+    return [wait._replace(count=wait.count * launch.arguments["rounds"]) for wait in bodies]
+
+
 def _learn(c: dict, launch: Launch) -> list[Wait]:
     return [
         Wait(4, "L2", "nodes and length; tokens and parents; the token before; children and log-probabilities"),
@@ -199,6 +205,7 @@ WAITS: dict[str, Callable[[dict, Launch], list[Wait]]] = {
     "_insert_kernel": _insert,
     "_stage_rows_kernel": _stage_rows,
     "_lookup_kernel": _lookup,
+    "_extend_kernel": _extend,
     "_learn_kernel": _learn,
     "_verify_kernel": _verify,
 }

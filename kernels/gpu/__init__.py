@@ -3,6 +3,7 @@
 import torch
 
 from kernels.gpu.config import PREFILL_ROWS, TREE_SHAPE
+from kernels.gpu.extend import extend_tree
 from kernels.gpu.forward import (
     layer_norm_linear,
     layer_norm_qkv,
@@ -12,7 +13,8 @@ from kernels.gpu.forward import (
     tree_attention,
 )
 from kernels.gpu.launch import interpreting
-from kernels.gpu.lookup import extend_tree, learn, lookup_nodes
+from kernels.gpu.learn import learn
+from kernels.gpu.lookup import lookup_nodes
 from kernels.gpu.moments import new_moments
 from kernels.gpu.route import embed, route
 from kernels.gpu.rows import stage_rows

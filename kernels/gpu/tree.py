@@ -19,6 +19,34 @@ PATH = DEPTH_LIMIT + 1
 BLOCK_PATH = triton.next_power_of_2(PATH)
 
 
+@triton.jit
+def choose(
+    path_scores_ptr,
+    depths_ptr,
+    scored_ptr,
+    num_nodes_ptr,
+    max_depth_ptr,
+    nodes_ptr,
+    stage,
+    min_score,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Store the WIDTH best free nodes, rising, then -1."""
+    lane = tl.arange(0, BLOCK)
+    live = lane < tl.load(num_nodes_ptr)
+    score = tl.load(path_scores_ptr + lane, mask=live, other=float("-inf"))
+    free = live & (score > min_score) & (tl.load(scored_ptr + lane, mask=live, other=0) < stage)
+    free = free & (tl.load(depths_ptr + lane, mask=live, other=0) <= tl.load(max_depth_ptr))
+    keys = tl.where(free, order(score), -2147483648)
+    chosen = best(keys, free, WIDTH, 32)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    offs = tl.arange(0, BLOCK_WIDTH)
+    tl.store(nodes_ptr + offs, -1, mask=(offs < WIDTH) & (offs >= tl.sum(chosen.to(tl.int32))))
+    tl.store(nodes_ptr + place, lane, mask=chosen)
+
+
 @triton.jit(do_not_specialize=["stage", "min_score"])
 def _select_kernel(
     path_scores_ptr,  # float32 [M]
@@ -33,19 +61,21 @@ def _select_kernel(
     BLOCK: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Grid (1,): the WIDTH best free nodes."""
+    """Grid (1,)."""
     wait_for_previous()
-    lane = tl.arange(0, BLOCK)
-    live = lane < tl.load(num_nodes_ptr)
-    score = tl.load(path_scores_ptr + lane, mask=live, other=float("-inf"))
-    free = live & (score > min_score) & (tl.load(scored_ptr + lane, mask=live, other=0) < stage)
-    free = free & (tl.load(depths_ptr + lane, mask=live, other=0) <= tl.load(max_depth_ptr))
-    keys = tl.where(free, order(score), -2147483648)
-    chosen = best(keys, free, WIDTH, 32)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    offs = tl.arange(0, BLOCK_WIDTH)
-    tl.store(nodes_ptr + offs, -1, mask=(offs < WIDTH) & (offs >= tl.sum(chosen.to(tl.int32))))
-    tl.store(nodes_ptr + place, lane, mask=chosen)
+    choose(
+        path_scores_ptr,
+        depths_ptr,
+        scored_ptr,
+        num_nodes_ptr,
+        max_depth_ptr,
+        nodes_ptr,
+        stage,
+        min_score,
+        WIDTH,
+        BLOCK,
+        BLOCK_WIDTH,
+    )
 
 
 def select_nodes(
@@ -95,35 +125,34 @@ def sum_paths(paths_ptr, edges_ptr, path_scores_ptr, depths_ptr, num_nodes, PATH
     tl.store(path_scores_ptr + node, total, mask=live)
 
 
-@triton.jit(do_not_specialize=["stage"])
-def _insert_kernel(
-    tokens_ptr,  # int32 [M]
-    parents_ptr,  # int32 [M]
-    depths_ptr,  # int32 [M]
-    edges_ptr,  # float32 [M]
-    path_scores_ptr,  # float32 [M]
-    sources_ptr,  # int32 [M]
-    scored_ptr,  # int32 [M]
-    paths_ptr,  # int32 [M, PATH]
-    num_nodes_ptr,  # int32 [1]
-    failed_ptr,  # int32 [1]
-    nodes_ptr,  # int32 [W], -1 = none
-    children_ptr,  # int32 [W, CHILDREN]
-    scores_ptr,  # float32 [W, CHILDREN]
-    levels_ptr,  # int32 [W] or None
-    max_depth_ptr,  # int32 [any], the first one counts
+@triton.jit
+def insert(
+    tokens_ptr,
+    parents_ptr,
+    depths_ptr,
+    edges_ptr,
+    path_scores_ptr,
+    sources_ptr,
+    scored_ptr,
+    paths_ptr,
+    num_nodes_ptr,
+    failed_ptr,
+    nodes_ptr,
+    children_ptr,
+    scores_ptr,
+    levels_ptr,
+    max_depth_ptr,
     stage,
     M: tl.constexpr,
     W: tl.constexpr,
     CHILDREN: tl.constexpr,
     PATH: tl.constexpr,
-    BLOCK: tl.constexpr,  # of nodes
-    CHUNK: tl.constexpr,  # of nodes at a time
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
     BLOCK_PATH: tl.constexpr,
 ):
-    """Grid (1,): entry e is child e % CHILDREN of node e / CHILDREN; newcomers are numbered in the order of entries."""
-    wait_for_previous()
+    """Entry e is child e % CHILDREN of node e / CHILDREN; newcomers are numbered in the order of entries."""
     entry = tl.arange(0, BLOCK_ENTRIES)
     exists = entry < W * CHILDREN
     node = tl.load(nodes_ptr + entry // CHILDREN, mask=exists, other=-1)
@@ -181,6 +210,63 @@ def _insert_kernel(
     sum_paths(paths_ptr, edges_ptr, path_scores_ptr, depths_ptr, count, PATH, BLOCK)
 
 
+@triton.jit(do_not_specialize=["stage"])
+def _insert_kernel(
+    tokens_ptr,  # int32 [M]
+    parents_ptr,  # int32 [M]
+    depths_ptr,  # int32 [M]
+    edges_ptr,  # float32 [M]
+    path_scores_ptr,  # float32 [M]
+    sources_ptr,  # int32 [M]
+    scored_ptr,  # int32 [M]
+    paths_ptr,  # int32 [M, PATH]
+    num_nodes_ptr,  # int32 [1]
+    failed_ptr,  # int32 [1]
+    nodes_ptr,  # int32 [W], -1 = none
+    children_ptr,  # int32 [W, CHILDREN]
+    scores_ptr,  # float32 [W, CHILDREN]
+    levels_ptr,  # int32 [W] or None
+    max_depth_ptr,  # int32 [any], the first one counts
+    stage,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    CHILDREN: tl.constexpr,
+    PATH: tl.constexpr,
+    BLOCK: tl.constexpr,  # of nodes
+    CHUNK: tl.constexpr,  # of nodes at a time
+    BLOCK_ENTRIES: tl.constexpr,
+    BLOCK_PATH: tl.constexpr,
+):
+    """Grid (1,)."""
+    wait_for_previous()
+    insert(
+        tokens_ptr,
+        parents_ptr,
+        depths_ptr,
+        edges_ptr,
+        path_scores_ptr,
+        sources_ptr,
+        scored_ptr,
+        paths_ptr,
+        num_nodes_ptr,
+        failed_ptr,
+        nodes_ptr,
+        children_ptr,
+        scores_ptr,
+        levels_ptr,
+        max_depth_ptr,
+        stage,
+        M,
+        W,
+        CHILDREN,
+        PATH,
+        BLOCK,
+        CHUNK,
+        BLOCK_ENTRIES,
+        BLOCK_PATH,
+    )
+
+
 def insert_children(
     tree: Tree,
     stage: int,
@@ -199,7 +285,6 @@ def insert_children(
     require("max_depth", max_depth, (None,), torch.int32, device)
     if levels is not None:
         require("levels", levels, (len(nodes),), torch.int32, device)
-    capacity = len(tree.tokens)
     launch(
         _insert_kernel,
         (1,),
@@ -212,19 +297,25 @@ def insert_children(
             "max_depth_ptr": max_depth,
             "stage": stage,
         },
-        {
-            "M": capacity,
-            "W": len(nodes),
-            "CHILDREN": children.shape[1],
-            "PATH": PATH,
-            "BLOCK": triton.next_power_of_2(capacity),
-            "CHUNK": max(4, min(64, 8192 // triton.next_power_of_2(children.numel()))),
-            "BLOCK_ENTRIES": triton.next_power_of_2(children.numel()),
-            "BLOCK_PATH": BLOCK_PATH,
-        },
+        insert_constants(tree, children),
         num_warps=8,
         all_registers=True,
     )
+
+
+def insert_constants(tree: Tree, children: torch.Tensor) -> dict[str, int]:
+    """Constants of ``insert`` for ``children`` [W, m]."""
+    capacity = len(tree.tokens)
+    return {
+        "M": capacity,
+        "W": len(children),
+        "CHILDREN": children.shape[1],
+        "PATH": PATH,
+        "BLOCK": triton.next_power_of_2(capacity),
+        "CHUNK": max(4, min(64, 8192 // triton.next_power_of_2(children.numel()))),
+        "BLOCK_ENTRIES": triton.next_power_of_2(children.numel()),
+        "BLOCK_PATH": BLOCK_PATH,
+    }
 
 
 def tree_pointers(tree: Tree) -> dict[str, torch.Tensor]:
