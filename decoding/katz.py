@@ -93,40 +93,64 @@ class KatzTrigram:
         chosen = chosen[np.argsort(order.contexts[chosen] % size, kind="stable")]  # by last token: one bigram law each
         groups = np.split(chosen, np.flatnonzero(np.diff(order.contexts[chosen] % size)) + 1) if len(chosen) else []
         of_last = {int(order.contexts[group[0]] % size): group for group in groups}
+        by_unigram, seen = np.argsort(-self.unigram, kind="stable"), np.zeros(size, dtype=bool)
+        unigram = self.unigram[by_unigram]
         singles, pairs, keys = [], [], []
         for last in range(size):
-            lower = self.bigram(last)
-            singles.append(_top(lower[None], m))
-            if (group := of_last.get(last)) is not None:
-                seen = [
-                    (order.words[order.starts[i] : order.ends[i]], order.probs[order.starts[i] : order.ends[i]])
-                    for i in group
-                ]
-                pairs.append(_top(np.stack([_back_off(words, probs, lower) for words, probs in seen]), m))
-                keys.append(order.contexts[group])
-        tokens, log_probs, log_rest = (torch.cat(column) for column in zip(*singles, *pairs, strict=True))
-        keys = torch.from_numpy(np.concatenate(keys) if keys else np.empty(0, dtype=np.int64))
+            group = of_last.get(last, chosen[:0])
+            most = max((int(order.ends[i] - order.starts[i]) for i in group), default=0)
+            words, probs = self._bigrams.seen(last)
+            probs, rest = _share(probs, self.unigram[words])
+            best = _best(words, probs, rest, by_unigram, unigram, m + most, seen)
+            singles.append([column[:m] for column in best])
+            for i in group:
+                chosen_words = order.words[order.starts[i] : order.ends[i]]  # all of them follow ``last`` somewhere
+                below = probs[np.searchsorted(words, chosen_words)]
+                own, left = _share(order.probs[order.starts[i] : order.ends[i]], below)
+                pairs.append(_best(chosen_words, own, left, *best, m, seen))
+            keys.append(order.contexts[group])
+        tokens, laws = (torch.from_numpy(np.stack(column)) for column in zip(*singles, *pairs, strict=True))
+        log_rest = (1.0 - laws.sum(-1)).clamp(min=0.0).log().float()
+        keys = torch.from_numpy(np.concatenate(keys))
         buckets, rows = _hash(keys, first_row=size)
-        return SuccessorTable(buckets, rows, tokens, log_probs, log_rest, size)
+        return SuccessorTable(buckets, rows, tokens.int(), laws.log().float(), log_rest, size)
+
+
+def _share(probs: np.ndarray, below: np.ndarray) -> tuple[np.ndarray, float]:
+    """Probabilities of seen successors, and the factor that the lower law has for all others. ``below``: what the lower
+    law gives those that were seen."""
+    unseen_below = 1.0 - below.sum()
+    if unseen_below < 1e-12:  # every token the lower law allows was seen: nothing to share with
+        return probs / probs.sum(), 0.0
+    return probs, max(0.0, 1.0 - probs.sum()) / unseen_below  # rounding must not make a back-off weight negative
+
+
+def _best(
+    words: np.ndarray,  # seen successors
+    probs: np.ndarray,
+    factor: float,
+    lower_tokens: np.ndarray,  # best of the lower law, most probable first, at least ``count`` beside ``words``
+    lower: np.ndarray,
+    count: int,
+    seen: np.ndarray,  # bool [V], scratch, all False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``count`` best tokens of a backed-off law, or all, and their probabilities, without forming the law."""
+    seen[words] = True
+    first = slice(0, count + len(words))
+    others = np.flatnonzero(~seen[lower_tokens[first]])[:count]
+    seen[words] = False
+    tokens = np.concatenate([words, lower_tokens[others]])
+    law = np.concatenate([probs, lower[others] * factor])
+    order = np.argsort(-law, kind="stable")[:count]
+    return tokens[order], law[order]
 
 
 def _back_off(words: np.ndarray, probs: np.ndarray, lower: np.ndarray) -> np.ndarray:
     """Seen successors keep their discounted probability, the others share what is left in proportion to ``lower``."""
-    unseen_below = 1.0 - lower[words].sum()
-    left = max(0.0, 1.0 - probs.sum())  # rounding must not make a back-off weight negative
-    if unseen_below < 1e-12:  # every token the lower law allows was seen: nothing to share with
-        law = np.zeros_like(lower)
-        law[words] = probs / probs.sum()
-        return law
-    law = lower * (left / unseen_below)
+    probs, factor = _share(probs, lower[words])
+    law = lower * factor
     law[words] = probs
     return law
-
-
-def _top(laws: np.ndarray, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    best, tokens = torch.from_numpy(laws).topk(min(m, laws.shape[1]), dim=-1)
-    rest = (1.0 - best.sum(-1)).clamp(min=0.0)
-    return tokens.int(), best.log().float(), rest.log().float()
 
 
 def _hash(keys: torch.Tensor, first_row: int) -> tuple[torch.Tensor, torch.Tensor]:
