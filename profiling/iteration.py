@@ -15,6 +15,7 @@ DEPTH = 12
 ACCEPTED = 4  # by the verification
 WIDTH = 16  # nodes that a stage scores at a time
 CHILDREN = 8
+ROUNDS = 4, 6  # of draft2, and nodes of one
 STAGES = 3
 POSITIONS = 1024
 PROMPT = 16
@@ -101,6 +102,10 @@ def iteration(vocab: int, device: torch.device | str, ops: ModuleType = gpu, wid
 
     changing = {
         "stage_rows": lambda: ops.stage_rows(tree, leaves, progress, chain, 0, reach, width, width),
+        "extend_tree": lambda: (
+            ops.extend_tree(table, tree, progress, sampled, *ROUNDS, 4, 0.85, recent),
+            tree.num_nodes,
+        )[1],
         "insert_children": lambda: ops.insert_children(tree, 1, leaves, children, scores, reach, levels),
         "verify_and_commit": lambda: (ops.verify_and_commit(tree, rows, drawn, progress, chain), progress.record)[1],
     }
