@@ -20,6 +20,7 @@ from model import corpus, samples, training
 from model.runtime import bfloat16_is_fast
 
 TOKENS, OWN_TEXT, SOURCES, CARD = "tokens.npz", "own_text.npy", "sources.json", "training.json"
+MOST_REPEATS = 4  # of the oracle's text: up to there a text is worth about as much as new one (Muennighoff et al. 2023)
 DRAFT_DEFAULTS = {"layers": 2, "width": 128, "minutes": 20.0}
 
 
@@ -47,7 +48,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         type=float,
         default=0.5,
         metavar="S",
-        help="of what is learnt from, how much the oracle has written (default: 0.5)",
+        help="of what is learnt from, how much the oracle has written, repeated at most 4 times (default: 0.5)",
     )
     _add_training(draft, DRAFT_DEFAULTS, ("vocab_size",))
     draft.set_defaults(run=train_draft)
@@ -168,9 +169,9 @@ def own_text(directory: Path, prompt_ids: np.ndarray, num_tokens: int, temperatu
 
 
 def blend(ids: np.ndarray, own: np.ndarray, own_share: float) -> np.ndarray:
-    """``ids`` and behind them ``own``, as often as makes it ``own_share`` of the whole, at least once."""
+    """``ids`` and behind them ``own``, as often as makes it ``own_share`` of the whole, once to MOST_REPEATS times."""
     times = round(own_share / (1 - own_share) * len(ids) / len(own))
-    return np.concatenate([ids, *[own] * max(1, times)])
+    return np.concatenate([ids, *[own] * min(max(1, times), MOST_REPEATS)])
 
 
 def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2LMHeadModel | None) -> None:

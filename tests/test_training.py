@@ -319,10 +319,10 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
 
 
 def test_share_of_the_oracles_own_text():
-    """A thousand tokens of its own beside a hundred thousand are a part of what is learnt, not one in a hundred."""
-    text, own = np.zeros(100_000, np.uint16), np.ones(1000, np.uint16)
-    assert make.blend(text, own, 0.5).sum() == 100_000
-    assert make.blend(text, own, 0.2).mean() == pytest.approx(0.2)
+    """A thousand tokens of its own beside ten thousand are a part of what is learnt, and are not learnt by heart."""
+    text, own = np.zeros(10_000, np.uint16), np.ones(1000, np.uint16)
+    assert make.blend(text, own, 0.2).mean() == pytest.approx(0.2, abs=0.04)
+    assert make.blend(text, own, 0.5).sum() == 4000, "never more than four times"
     assert make.blend(text, own, 0.001).sum() == 1000, "never less than once"
     assert make.blend(text, own, 0.5).dtype == np.uint16
 
