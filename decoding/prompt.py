@@ -1,10 +1,11 @@
-"""Passes over a prompt, captured: a graph for each model and number of rows, shorter rests padded with dead rows.
+"""Passes over a prompt, captured: a graph for each cache and number of rows, shorter rests padded with dead rows.
 
 A pass of GPT-2 Large is some 190 launches, which take Python ten times as long as the GPU. A row's bits do not depend
 on the rows beside it, so a padded pass leaves the K/V that an exact one does. Passes of more than MAX_ROWS rows are
 multiples of it already (``GPT2.parts``) and are never padded.
 """
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -24,13 +25,18 @@ class PromptPass:
 
     def __init__(self, model: GPT2, cache: PagedKVCache, num_rows: int, graph: Graph):
         put = {"dtype": torch.int32, "device": model.device}
-        self.cache, self._graph, self._num_rows = cache, graph, num_rows
+        self._cache, self._graph, self._num_rows = weakref.ref(cache), graph, num_rows
         self._columns = torch.tensor([[0], [0], [-1], [0]], **put).repeat(1, num_rows)
         tokens, positions, slots, committed = self._columns
         zeros = torch.zeros(num_rows, 1, **put)  # no tree, one sequence
         query = Query(tokens, positions, zeros[:, 0], slots, zeros, zeros[0])
         self._read_by_graph = query, committed  # which knows only where they lie
         graph.capture(lambda: model.forward(query, cache, cache.page_table, committed[:1]))
+
+    @property
+    def cache(self) -> PagedKVCache | None:
+        """What it commits to, which its stage owns; None once that has been replaced."""
+        return self._cache()
 
     def run(self, tokens: list[int]) -> None:
         """Commit ``tokens``, at most as many as there are rows."""
@@ -44,7 +50,7 @@ class PromptPass:
 
 
 class PromptPasses:
-    """Captured passes by model and number of rows."""
+    """Captured passes by cache and number of rows."""
 
     def __init__(self, new_graph: Callable[[], Graph]):
         self._new_graph = new_graph
@@ -60,9 +66,9 @@ class PromptPasses:
         num_rows = num_tokens
         if num_tokens <= MAX_ROWS:
             num_rows = max(LEAST_ROWS, 1 << (num_tokens - 1).bit_length())
-        for key in [key for key, one in self._passes.items() if key[0] == id(model) and one.cache is not cache]:
-            del self._passes[key]  # a replaced cache lies elsewhere
-        key = id(model), num_rows
+        for key in [key for key, one in self._passes.items() if one.cache is None]:
+            del self._passes[key]  # before another cache takes its place in memory, and its id
+        key = id(cache), num_rows
         if key not in self._passes:
             self._passes[key] = PromptPass(model, cache, num_rows, self._new_graph())
         self._passes.move_to_end(key)
