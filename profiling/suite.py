@@ -4,11 +4,11 @@
     python -m profiling.suite --budget-minutes 10 --out DIR --oracle ID --draft ID --draft2 DIR
     python -m profiling.suite --mini --budget-minutes 3 --out DIR              # the whole flow on a CPU, toy sizes
 
-Device tests of kernels, whole generations and captured iterations; latency on the bundled models, below 25 minutes
-grown to the paper's sizes (``profiling.grown``); microbenchmarks of kernels and sampling (of tiles with ``--tune``);
-the timeline of an iteration; timeline, latency and the paper's report with the models given or, without any, with a
-chain of GPT-2 Large's shape, trained where the budget is 25 minutes or more; last, the paper's report on the bundled
-models, grown or not, and all other device tests. Every step is a process of its own with a time limit, its output in
+Device tests of kernels, whole generations and captured iterations; latency on the bundled models, grown to the paper's
+sizes (``profiling.grown``); microbenchmarks of kernels and sampling (of tiles with ``--tune``); the timeline of an
+iteration; timeline, latency and the paper's report with the models given or, without any, with a chain of GPT-2
+Large's shape, trained where the budget is 12 minutes or more; last, the paper's report on the grown models and all
+other device tests. Every step is a process of its own with a time limit, its output in
 ``DIR/logs``. A row in ``DIR/suite.json`` says how it ended, ``DIR/summary.md`` holds all tables, what failed first,
 and ``DIR/suite.tar.gz`` everything but weights, below 15 MB; all three are written after every step, so a killed run
 keeps what it had. Another call with the same flags leaves out what has finished (not what ``--again`` names), puts
@@ -206,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--oracle-minutes", type=float, help="default: 0.3 of the budget")
     training.add_argument("--draft-minutes", type=float, help="default: 0.15 of the budget")
     training.add_argument("--tokens-per-step", type=int, default=32768)
-    training.add_argument("--tokens-per-pass", type=int, default=8192)
+    training.add_argument("--tokens-per-pass", type=int, default=16384)
     training.add_argument("--samples", type=int, default=300_000, help="tokens that the draft writes for draft2")
     return flags
 
