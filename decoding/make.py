@@ -189,7 +189,11 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
             unfinished = flags.out / f"unfinished_{OWN_TEXT}"
             np.save(unfinished, own_text(flags.oracle, ids, flags.own_text, 1.0))
             unfinished.replace(stored)
+        num_text = len(ids)
         ids = blend(ids, np.load(stored), flags.own_share)
+        share = 1 - num_text / len(ids)
+        if share < 0.9 * flags.own_share:
+            print(f"the oracle's own text is {share:.1%} of what is learnt from: a larger --own-text makes it more")
     tokenizer = _tokenizer(flags.out)
     given = {name: getattr(flags, name) for name in names} | {"vocab_size": tokenizer.get_vocab_size()}
     config = training.TrainingConfig(**given)

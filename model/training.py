@@ -256,6 +256,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "decaying": self.decaying,
+            "text_tokens": len(self.ids),
             **{name: getattr(self, name) for name in ("step", "tokens", "seconds", "taken", "log")},
         }
         unfinished = path.with_suffix(".unfinished")
@@ -265,7 +266,7 @@ class Trainer:
     def resume(self, out: Path) -> bool:
         """Go on from the checkpoint in ``out``; from before its decay if the budget has grown since. False: none.
 
-        Raises ValueError if it was made under another configuration (the budget aside).
+        Raises ValueError if it was made under another configuration (the budget aside) or on another text.
         """
         if not (out / LATEST).exists():
             return False
@@ -277,6 +278,8 @@ class Trainer:
         for name, value in asdict(self.config).items():
             if name not in budget and state["config"][name] != value:
                 raise ValueError(f"{out} holds a run with {name} {state['config'][name]}, not {value}")
+        if (num_tokens := state.get("text_tokens", len(self.ids))) != len(self.ids):
+            raise ValueError(f"{out} holds a run on {num_tokens} tokens of text, not {len(self.ids)}")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

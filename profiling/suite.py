@@ -4,11 +4,12 @@
     python -m profiling.suite --budget-minutes 10 --out DIR --oracle ID --draft ID --draft2 DIR
     python -m profiling.suite --mini --budget-minutes 3 --out DIR              # the whole flow on a CPU, toy sizes
 
-Device tests of kernels, whole generations and captured iterations; latency on the bundled models, grown to the paper's
-sizes (``profiling.grown``); microbenchmarks of kernels and sampling (of tiles with ``--tune``); the timeline of an
-iteration; timeline, latency and the paper's report with the models given or, without any, with a chain of GPT-2
-Large's shape, trained where the budget is 12 minutes or more; last, the paper's report on the grown models and all
-other device tests. Every step is a process of its own with a time limit, its output in
+Device tests of kernels, whole generations and captured iterations. With no models given: latency of the bundled ones,
+grown to the paper's sizes (``profiling.grown``). Microbenchmarks of kernels and sampling (of tiles with ``--tune``),
+the timeline of an iteration. Timeline, latency and the paper's report with the models given or, without any, with a
+chain of GPT-2 Large's shape, trained where the budget is 25 minutes or more. Last, the paper's report on the grown
+models, or on the bundled ones where others are given, latency of these, and all other device tests.
+Every step is a process of its own with a time limit, its output in
 ``DIR/logs``. A row in ``DIR/suite.json`` says how it ended, ``DIR/summary.md`` holds all tables, what failed first,
 and ``DIR/suite.tar.gz`` everything but weights, below 15 MB; all three are written after every step, so a killed run
 keeps what it had. Another call with the same flags leaves out what has finished (not what ``--again`` names), puts

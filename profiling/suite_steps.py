@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BRIEF = 12.0  # minutes; in less there is no time to train models of GPT-2 Large's size
+BRIEF = 25.0  # minutes; in less there is no time to train models of GPT-2 Large's size, nor to compile FlexAttention
 # Every kernel, and whole generations.
 KERNELS = ("tests/test_gpu_kernels.py", "tests/test_gpu_tiles.py", "tests/test_gpu_loop.py")
 # A CPU has seen captured iterations only with a stand-in for the graph: here all tests of these count.
@@ -70,11 +70,11 @@ def plan(flags: argparse.Namespace) -> list[Step]:
     own_first = not flags.oracle and not flags.mini
     if own_first:
         own = grown(out / "grown")
-        steps.append(Step("grow", ("-m", "profiling.grown", "--out", str(out / "grown")), 0.1, makes=own.needs))
+        steps.append(Step("grow", ("-m", "profiling.grown", "--out", str(out / "grown")), 0.05, makes=own.needs))
         steps.append(_latency(flags, own, 0.15, USUAL_PEERS))
     steps += _microbenchmarks(flags, seconds)
     if own_first:
-        steps.append(_timeline(flags, own, 0.1))
+        steps.append(_timeline(flags, own, 0.07))
     if flags.oracle:
         steps += _figures(flags, Trio("given", flags.oracle, flags.draft, flags.draft2))
     elif flags.mini or flags.budget_minutes >= BRIEF:
@@ -86,6 +86,8 @@ def plan(flags: argparse.Namespace) -> list[Step]:
         if not own_first:
             steps.append(_latency(flags, own, 1.0, USUAL_PEERS))
         steps.append(_paper(flags, own, 1.0))
+        if own is not BUNDLED:  # also where nothing could be grown
+            steps.append(_latency(flags, BUNDLED, 1.0, USUAL_PEERS))
         others = [f"--ignore={path}" for path in (*KERNELS, *CAPTURED)]
         steps.append(_tests(flags, "tests-others", 1.0, "tests", "-m", "gpu", *others, *parallel()))
     return steps
@@ -118,7 +120,7 @@ def _microbenchmarks(flags: argparse.Namespace, seconds: float) -> list[Step]:
     kernels = ("-m", "profiling.kernels", *folder("kernels"), *budget(0.17), *rehearsed)
     sampler = ("-m", "profiling.sampler", *folder("sampler"), *rehearsed)
     slow = ("--no-flex",) if flags.budget_minutes < BRIEF else ()  # what takes minutes to compile
-    steps = [Step("kernels", (*kernels, *slow), 0.2), Step("sampler", sampler, 0.1)]
+    steps = [Step("kernels", (*kernels, *slow), 0.2), Step("sampler", sampler, 0.07)]
     if flags.tune:
         table = () if flags.mini else ("--table", str(flags.out / "tune" / "tuned.json"))
         tune = ("-m", "profiling.tune", *folder("tune"), *budget(0.37), *rehearsed[:1], *table)

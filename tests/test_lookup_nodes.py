@@ -3,10 +3,12 @@ of the stage above."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from decoding.config import SamplingConfig
+from decoding.katz import KatzTrigram
 from decoding.stages import KatzStage, Scored, State
 from kernels import gpu, reference
 from kernels.layout import MAX_PROBES, MAX_ROWS, SuccessorTable
@@ -152,7 +154,7 @@ def test_a_row_of_a_higher_level_stays_for_its_context(table, ops):
 @pytest.mark.parametrize(
     "sampling", [GREEDY, SamplingConfig(True, 0.7, 0).with_seed(2**40 + 3)], ids=["greedy", "sampled"]
 )
-@pytest.mark.parametrize(("rounds", "width", "depth"), [(1, 1, 8), (3, 2, 8), (4, 8, 2)])
+@pytest.mark.parametrize(("rounds", "width", "depth"), [(1, 1, 8), (3, 2, 8), (4, 6, 8), (4, 8, 2)])
 def test_rounds_of_a_table_are_its_steps(sampling, rounds, width, depth, table, ops):
     """Select, look up, insert, so many times: the same tree, within the depth that stage and oracle may reach."""
     recent = ops.new_recent(2**10, 2, SIZE, home(ops))
@@ -170,6 +172,34 @@ def test_rounds_of_a_table_are_its_steps(sampling, rounds, width, depth, table, 
     assert grown > before and (depth == 8 or int(together.depths.max()) == depth)
     for name, mine, wanted in zip(together._fields, together, apart, strict=True):
         torch.testing.assert_close(mine[:grown], wanted[:grown], rtol=1e-6, atol=1e-6, msg=name)  # integers are equal
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rounds_grow_the_twins_tree(seed):
+    """Any table, memory, capacity and depth, a reach that is negative where nothing may change: integers are equal."""
+    rng, size = np.random.default_rng(seed), 13
+    width, reach = (1, 3, 8)[seed % 3], (12, 3, -1, 0)[seed % 4]
+    capacity, num_nodes, num_children = (int(rng.choice(values)) for values in ((5, 16, 64), (1, 3, 6, 11), (1, 2, 4)))
+    table = KatzTrigram(rng.integers(0, size, 600), size).bake(int(rng.choice([0, 100])), width)
+    recent = reference.new_recent(512, 2, size)
+    for key in rng.integers(0, size * size, 100):
+        bucket = int(hash_context(torch.tensor(key), 512))
+        recent.keys[bucket], recent.levels[bucket] = int(key), int(rng.integers(2))
+        recent.tokens[bucket] = torch.from_numpy(rng.permutation(size)[:2])
+        recent.log_probs[bucket], recent.log_rest[bucket] = torch.tensor([-0.7, -1.2]), -1.6
+    sampling = SamplingConfig(True, 0.7, 0).with_seed(seed) if seed % 2 else GREEDY
+    text = rng.integers(0, size, 1 + seed % 3).tolist()
+    progress = reference.new_progress(text, 30, 12, [99, 99], ())
+    progress.reach[0, 0] = reach
+    tree = reference.new_tree(capacity, root=text[-1])
+    ours = [moved(part, gpu) for part in (table, tree, progress, recent)]
+    more = 3, num_nodes, num_children, 0.85
+    gpu.extend_tree(*ours[:3], sampling.to(home(gpu)), *more, ours[3])
+    reference.extend_tree(table, tree, progress, sampling, *more, recent)
+    grown = int(tree.num_nodes)
+    assert int(ours[1].num_nodes) == grown and (grown == 1) == (reach < 0)
+    for name, mine, wanted in zip(tree._fields, ours[1], tree, strict=True):
+        torch.testing.assert_close(mine[:grown].cpu(), wanted[:grown], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_a_probe_goes_on_at_the_first_bucket(ops):

@@ -139,7 +139,9 @@ def test_the_plan_without_models_trains_them(tmp_path):
     assert names[:4] == ["tests-kernels", "tests-captured", "grow", "latency-grown"]
     assert names[4:7] == ["kernels", "sampler", "timeline-grown"]
     assert names[7:10] == ["train-oracle", "train-draft", "build-draft2"]
-    assert names[10:] == ["timeline-trained", "latency-trained", "paper-trained", "paper-grown", "tests-others"]
+    assert names[10:13] == ["timeline-trained", "latency-trained", "paper-trained"]
+    assert names[13:] == ["paper-grown", "latency-bundled", "tests-others"]
+    assert sum(step.share for step in steps[:7]) < 0.9, "the rest is for the models"
     oracle = steps[7].arguments
     sizes = dict(zip(oracle, oracle[1:], strict=False))
     assert (sizes["--layers"], sizes["--width"], sizes["--minutes"]) == ("36", "1280", "9")
@@ -149,10 +151,10 @@ def test_a_short_budget_trains_nothing_and_has_time_for_every_kind_of_figure(tmp
     """Nine minutes: tests, latency, microbenchmarks and timeline fit, each at its limit; the rest has what is left."""
     steps = plan(flags(tmp_path, "--budget-minutes", "9"))
     names = [step.name for step in steps]
-    assert names[2:4] == ["grow", "latency-grown"] and names[-2:] == ["paper-grown", "tests-others"]
+    assert names[2:4] == ["grow", "latency-grown"] and names[-3:] == ["paper-grown", "latency-bundled", "tests-others"]
     assert steps[2].makes == steps[3].needs, "the models are there before they are measured"
     assert not any(step.name.startswith(("train", "build")) for step in steps)
-    assert sum(step.share for step in steps[:-2]) < 1.0
+    assert sum(step.share for step in steps[:-3]) < 1.0
     kernels = next(step for step in steps if step.name == "kernels").arguments
     assert "--no-flex" in kernels
 

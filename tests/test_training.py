@@ -250,6 +250,8 @@ def test_a_larger_budget_goes_on_from_before_the_decay(tmp_path):
     other = training.Trainer(replace(CONFIG, learning_rate=1e-3), ids, compiled=False)
     with pytest.raises(ValueError, match="learning_rate 0.003, not 0.001"):
         other.resume(tmp_path)
+    with pytest.raises(ValueError, match=f"a run on {len(ids)} tokens of text, not {len(ids) - 1}"):
+        training.Trainer(CONFIG, ids[1:], compiled=False).resume(tmp_path)
 
 
 def test_the_command_survives_a_kill_at_any_moment(tmp_path):

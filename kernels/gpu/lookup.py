@@ -90,9 +90,10 @@ def answer(
     if recent_keys_ptr is not None:
         slot = hash_context(key, num_recent)
         is_recent = (tl.load(recent_keys_ptr + slot, mask=known, other=-1) == key) & known
-        use = is_recent[:, None] & (lane < RECENT_WIDTH)
+        has = lane < (RECENT_WIDTH if RECENT_WIDTH < WIDTH else WIDTH)  # a row is no wider than the table's own
+        use = is_recent[:, None] & has
         place = slot[:, None] * RECENT_WIDTH + lane
-        exists = tl.where(is_recent[:, None], lane < RECENT_WIDTH, exists)
+        exists = tl.where(is_recent[:, None], has, exists)
         token = tl.load(recent_tokens_ptr + place, mask=use, other=token)
         score = tl.load(recent_log_probs_ptr + place, mask=use, other=score)
         rest = tl.load(recent_log_rest_ptr + slot, mask=is_recent, other=rest)
