@@ -22,6 +22,7 @@ from model.runtime import bfloat16_is_fast
 TOKENS, OWN_TEXT, SOURCES, CARD = "tokens.npz", "own_text.npy", "sources.json", "training.json"
 MOST_REPEATS = 4  # of the oracle's text: up to there a text is worth about as much as new one (Muennighoff et al. 2023)
 DRAFT_DEFAULTS = {"layers": 2, "width": 128, "minutes": 20.0}
+ON_A_GPU = {"tokens_per_step": 32768, "tokens_per_pass": 16384}  # defaults there
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -95,7 +96,10 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict, skipped: tup
         if field.name not in skipped:
             default = defaults.get(field.name, field.default)
             flag, kind = f"--{field.name.replace('_', '-')}", type(default)
-            command.add_argument(flag, type=kind, default=default, metavar="N", help=f"default: {default}")
+            said = f"default: {default}" + (f", on a GPU {ON_A_GPU[field.name]}" if field.name in ON_A_GPU else "")
+            if torch.cuda.is_available():
+                default = ON_A_GPU.get(field.name, default)
+            command.add_argument(flag, type=kind, default=default, metavar="N", help=said)
 
 
 def read_corpus(data: list[str] | None, suffix: str, exclude: Path | None = None) -> corpus.Corpus:
