@@ -1,6 +1,7 @@
 """The bundled models' text at the cost of models of the paper's size: no training, no network.
 
     python -m profiling.grown --out DIR     # DIR/oracle: 36 layers, 1280 wide; DIR/draft: 4 layers, 832 wide (40 M)
+    python -m profiling.latency --oracle DIR/oracle --draft DIR/draft --draft2 model/bundled/draft2
 
 Both begin as the function of a bundled model (``model.growth``), so they write its text and agree as often as the small
 ones do, while a pass streams the bytes of GPT-2 Large (but for the vocabulary, which stays the bundled one) and of the
@@ -61,6 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
             layers, width = getattr(flags, f"{name}_size")
             count = write(BUNDLED / name, flags.out / name, layers, width)
             print(f"{flags.out / name}: {layers} layers, {width} wide, {count / 1e6:.1f} M parameters")
+        models = f"--oracle {flags.out / 'oracle'} --draft {flags.out / 'draft'} --draft2 {BUNDLED / 'draft2'}"
+        print(f"python -m profiling.latency {models}")
     except ValueError as error:
         print(f"profiling.grown: {error}", file=sys.stderr)
         sys.exit(2)

@@ -32,7 +32,7 @@ def test_default_trees_fill_the_rows_that_a_pass_takes_cheaply(monkeypatch):
     assert reference.cheap_rows(torch.device("cuda"), torch.float32) == 16
     monkeypatch.setattr(reference, "TREE_SHAPE", gpu.TREE_SHAPE)
     assert decoder.plan("staged") == default_speculation("staged", ["draft2", "draft"], 16, gpu.TREE_SHAPE)
-    assert decoder.plan("staged").rounds == (2, 2) and decoder.plan("staged").min_prob == 0
+    assert decoder.plan("staged").widths == (6, 15) and decoder.plan("staged").min_prob == 0
 
 
 def test_rows_are_cheap_where_matrices_are_native(monkeypatch):
