@@ -4,7 +4,7 @@ A phase is a product of 16 rows with weights [4224, 1024] in bfloat16, 32 output
 with weights of its own and the rows that the one before has written. "launches" is a kernel a phase in a CUDA graph,
 with programmatic dependent launch ("pdl": weights are asked for before the wait) or without. "persistent" is one
 cooperative kernel with a barrier of atomics between phases: 0 plain, 1 asks for the next weights before the barrier,
-"registers" loads them into registers before it, "barriers only" has no product.
+"registers" loads them into registers before it, "barriers only" has no product. Tidied since it ran, and not run again.
 """
 
 import torch
