@@ -321,6 +321,28 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     assert card.count("```python") == 2 * len(bundle.PROMPTS) and "def read_lines(path):" in card
 
 
+def test_one_block_is_compiled_for_all(monkeypatch):
+    """A graph for each kind of batch, whatever the number of layers; losses are those of an uncompiled run."""
+    graphs = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **how: compile_(call, backend=counting, **how))
+    for name in ("_text_loss", "_law_loss"):
+        monkeypatch.setattr(
+            training, name, compile_(getattr(training, name)._torchdynamo_orig_callable, backend="eager")
+        )
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    ids, config = periodic_ids(0), replace(CONFIG, layers=3, teacher_share=0.5, full_window_share=0.0, steps=4)
+    teacher = training.build(replace(CONFIG, layers=3, seed=1))
+    runs = [training.Trainer(config, ids, teacher, compiled=compiled) for compiled in (False, True)]
+    losses = [[run.train_step() for _ in range(4)] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert len(graphs) == 2, "the student's and the teacher's"
+
+
 def test_share_of_the_oracles_own_text():
     """A thousand tokens of its own beside ten thousand are a part of what is learnt, and are not learnt by heart."""
     text, own = np.zeros(10_000, np.uint16), np.ones(1000, np.uint16)
