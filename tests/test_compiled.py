@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import kernels.reference.compiled as compiled_module
-from kernels.reference.sampling import _finish, _finish_many, by_topk, keyed_noise, largest
+from kernels.reference import draw, exponential, sampling
+from kernels.reference.noise import keyed_noise
+from tests.laws import GREEDY, clear_rows, sampled
 
 WORKED_BY_HAND = [
     "tree",
@@ -37,41 +39,66 @@ def test_without_numba():
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("size", [64, 65, 1000, 8192])
-@pytest.mark.parametrize("values", ["random", "ties", "equal", "NaN", "-inf"])
-@pytest.mark.parametrize(("count", "survivors"), [(1, 1), (8, 3), (50, 50), (64, 1)])
-@pytest.mark.parametrize("way", ["tiles", "topk"])
-@pytest.mark.parametrize(("dtype", "temperature"), [(torch.float32, 1.0), (torch.float32, 0.7), (torch.bfloat16, 0.3)])
-def test_largest(size, values, count, survivors, way, dtype, temperature):
-    """Against a stable sort: what is at least the ``count``-th, by rising index; below the ``survivors``-th -inf."""
-    logits = torch.randn(5, size)
+RULES = {
+    "greedy": GREEDY,
+    "plain": sampled(seed=1),
+    "tempered": sampled(seed=2, temperature=0.3),
+    "top_k=1": sampled(seed=3, top_k=1),
+    "top_k=50": sampled(seed=4, top_k=50, temperature=1.3),
+    "top_k=300": sampled(seed=5, top_k=300),  # more than lanes tell apart
+    "top_p": sampled(seed=6, top_p=0.9),
+    "top_p=0.9999": sampled(seed=7, top_p=0.9999),  # more than are looked at first
+    "min_p": sampled(seed=8, min_p=0.3),
+    "all": sampled(seed=9, temperature=0.8, top_k=70, top_p=0.8, min_p=0.01),
+}
+
+
+@pytest.mark.parametrize("size", [3, 1000, 8192])
+@pytest.mark.parametrize("values", ["random", "ties", "equal", "NaN", "-NaN", "-inf"])
+@pytest.mark.parametrize(("width", "dtype"), [(0, torch.float32), (8, torch.bfloat16), (1, torch.float16)])
+@pytest.mark.parametrize("sampling_rule", RULES.values(), ids=RULES)
+def test_rows_draw_as_the_specification(size, values, width, dtype, sampling_rule):
+    """Tokens, children, edge scores and log-probabilities of the loops and of torch's operations."""
+    generator = torch.Generator().manual_seed(size)
+    logits = 3 * torch.randn(6, size, generator=generator)
     if values == "ties":
-        logits = logits.mul(2).round()
+        logits = logits.round()
     elif values == "equal":
-        logits = torch.zeros(5, size)
+        logits = torch.zeros(6, size)
     elif values != "random":
-        logits[torch.rand(5, size) < 0.3] = float(values)
-        logits[4] = float(values)
-    logits = logits.to(dtype)
-    scores = logits.float() / temperature
-    if way == "tiles":
-        found, ids = largest(logits, count, survivors, temperature)
-    else:
-        found, ids = by_topk(scores, count, survivors)
-    assert found.shape == ids.shape and (ids.diff(dim=1) >= 0).all()
-    for row, mine, places in zip(scores, found, ids, strict=True):
-        ordered = row.sort(descending=True).values  # NaN first
-        wanted = (~(row < ordered[count - 1])).nonzero().flatten()
-        expected = row[wanted].masked_fill(row[wanted] < ordered[survivors - 1], -torch.inf)
-        assert places[: len(wanted)].tolist() == wanted.tolist()
-        torch.testing.assert_close(mine[: len(wanted)], expected, rtol=0, atol=0, equal_nan=True)
-        assert (mine[len(wanted) :] == -torch.inf).all()
+        value = {"NaN": torch.nan, "-NaN": -torch.tensor(torch.nan), "-inf": -torch.inf}[values]
+        logits[torch.rand(6, size, generator=generator) < 0.01] = value
+        logits[2, size // 2] = logits[4] = value
+    logits, positions = logits.to(dtype), torch.arange(6, dtype=torch.int32) + 90
+    clear = clear_rows(logits.float().nan_to_num(0.0, neginf=-1e9), sampling_rule) | logits.isnan().any(1)
+    if values in ("ties", "equal") and sampling_rule.top_p < 1:
+        clear[:] = True  # in an order that Hugging Face does not define
+    log_probs, of_children = torch.empty(6), torch.empty(6, min(width, size))
+    found = *draw(logits, positions, sampling_rule, width, 0.85, None, log_probs, of_children), log_probs, of_children
+    wanted = sampling.by_torch(logits, positions, sampling_rule, max(1, width), 0.85)
+    wanted = wanted[0], wanted[1][:, :width], wanted[2][:, :width], wanted[3][:, 0], wanted[3][:, :width]
+    live = (wanted[2] > -torch.inf) & clear[:, None]
+    assert torch.equal(found[0][clear], wanted[0][clear])
+    assert torch.equal(found[1][live], wanted[1][live])
+    for mine, theirs in zip(found[2:], wanted[2:], strict=True):
+        torch.testing.assert_close(mine[clear], theirs[clear], rtol=1e-5, atol=2e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("way", [largest, by_topk])
-def test_largest_of_no_rows(way):
-    found, ids = way(torch.empty(0, 100), 5, 5)
-    assert found.shape == ids.shape == (0, 5)
+def test_draw_of_no_rows():
+    tokens, children, edges = draw(torch.empty(0, 100), torch.empty(0, dtype=torch.int32), sampled(top_k=5), 4)
+    assert tokens.shape == (0,) and children.shape == edges.shape == (0, 4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100, 8191, 8192])
+def test_sum_of_exp(count):
+    """Against float64, and the exponential by itself: at most two units of the last place away."""
+    x = -30 * np.random.default_rng(count).random(count).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert exponential.sum_of_exp(x, np.float32(0), np.float32(1)) == pytest.approx(exact.sum(), rel=1e-6)
+    shifted = exponential.sum_of_exp(x + 5, np.float32(5), np.float32(0.5))
+    assert shifted == pytest.approx((exact**2).sum(), rel=1e-5)
+    mine = np.array([exponential.exp(value) for value in x], dtype=np.float32)
+    np.testing.assert_allclose(mine, exact, rtol=2.4e-7)
 
 
 def test_noise_as_python():
@@ -83,26 +110,6 @@ def test_noise_as_python():
     )
     np.testing.assert_allclose(mine, python, rtol=2e-7, atol=2e-7)
     assert (mine != python).mean() < 1e-4
-
-
-@pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize("shift", [0.0, -300.0])
-@pytest.mark.parametrize("width", [1, 8])
-def test_few_candidates_end_as_many_do(noise, shift, width):
-    """Tokens, children and scores of the loop and of torch's operations, ties, dead candidates and NaN among them."""
-    plain = torch.randn(6, 50).mul(8).round() / 4 + shift
-    plain[1, 7:], plain[2] = -torch.inf, shift
-    scores = plain + torch.randn(6, 50).round() if noise else plain
-    scores[3, 20] = plain[3, 20] = torch.nan
-    ids = torch.arange(50).expand(6, 50) + 100
-    tokens, children, *in_float32 = _finish_many(scores, plain, ids, width, 0.85, True)
-    in_float64 = _finish_many(scores.double(), plain.double(), ids, width, 0.85, True)[2:]
-    found = _finish(scores.numpy(), plain.numpy(), ids.numpy(), width, np.float32(0.85))
-    assert np.array_equal(found[0], tokens) and np.array_equal(found[1], children)
-    for mine, rounded, exact in zip(map(torch.from_numpy, found[2:]), in_float32, in_float64, strict=True):
-        torch.testing.assert_close(rounded, exact.float(), rtol=1e-5, atol=1e-4, equal_nan=True)
-        torch.testing.assert_close(mine, exact.float(), rtol=1e-6, atol=1e-6, equal_nan=True)  # wherever they lie
-    assert found[0][3] == -1 and found[0][2] >= 100
 
 
 def test_machine_code_of_other_sources_is_dropped(tmp_path):

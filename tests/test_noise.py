@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from kernels.reference import gumbel_noise, philox
-from kernels.reference.sampling import noise_of
+from kernels.reference.noise import noise_of
 from tests.laws import P_VALUE
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, answer.

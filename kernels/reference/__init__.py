@@ -13,9 +13,10 @@ from kernels.reference.linear import (
 )
 from kernels.reference.lookup import extend_tree, hash_context, learn, lookup, lookup_nodes, new_recent
 from kernels.reference.moments import new_moments
+from kernels.reference.noise import gumbel_noise, philox, seed_number
 from kernels.reference.route import PREFILL_ROWS, TREE_SHAPE, embed, path_slots, route
 from kernels.reference.rows import stage_rows
-from kernels.reference.sampling import draw, gumbel_noise, philox, seed_number
+from kernels.reference.sampling import draw
 from kernels.reference.state import capturable, new_chain, new_progress, new_seed, state_device
 from kernels.reference.tree import insert_children, new_tree, reroot, select_nodes
 from kernels.reference.verify import verify, verify_and_commit

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW
 from kernels.reference.compiled import COMPILES, compiled
+from kernels.reference.exponential import exp
 from kernels.reference.linear import agreeing_multiple
 from kernels.reference.route import Block, Route, one_shape
 
@@ -131,10 +132,7 @@ def _weigh(scores, columns, live, firsts, ends, scale, tail_window, num_parts):
 
 @compiled
 def _softmax(values, parts):
-    """In place, over a multiple of ``len(parts)`` values. Sums are taken part by part, so that they fill vectors.
-
-    exp(x) = 2^k exp(r), r at most log(2) / 2 from 0, and the polynomial of exp(r) is that of expf in Cephes (Moshier).
-    """
+    """In place, over a multiple of ``len(parts)`` values. Sums are taken part by part, so that they fill vectors."""
     count, width = len(values), len(parts)
     parts[:] = -np.inf
     for start in range(0, count, width):
@@ -145,18 +143,7 @@ def _softmax(values, parts):
     if largest == -np.inf:  # all lanes are dead or NaN
         largest = np.float32(0)
     for i in range(count):
-        x = values[i] - largest
-        x = np.float32(-87) if x < np.float32(-87) else x  # NaN stays
-        k = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-        r = x - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
-        values[i] = (p * (r * r) + r + np.float32(1)) * power
+        values[i] = exp(values[i] - largest)
     parts[:] = 0
     for start in range(0, count, width):
         for i in range(width):

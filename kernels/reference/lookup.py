@@ -7,7 +7,7 @@ import torch
 
 from kernels.layout import DEPTH_LIMIT, LEAST_REST, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
 from kernels.reference.compiled import compiled, in_numpy
-from kernels.reference.sampling import keyed_noise, noise, seed_number, split_seed
+from kernels.reference.noise import keyed_noise, seed_number, split_seed
 from kernels.reference.tree import insert, select
 
 
@@ -176,7 +176,8 @@ def _answers(table: SuccessorTable, recent: RecentTable | None, contexts, sampli
     )
     if sampling.noise:
         positions = np.repeat(contexts[2], tokens.shape[1])
-        log_probs += noise(seed_number(sampling.seed), positions, tokens.ravel()).reshape(tokens.shape)
+        words = split_seed(seed_number(sampling.seed))
+        log_probs += keyed_noise(*words, positions, tokens.ravel()).reshape(tokens.shape)
     children, scores = _best(tokens, log_probs, log_rest, num_children, np.float32(tau))
     return torch.from_numpy(children), torch.from_numpy(scores), torch.from_numpy(levels)
 

@@ -137,11 +137,11 @@ def reroot(tree: Tree, last_accepted: int, next_token: int) -> torch.Tensor:
 
     Returns the old index of every node of the new tree, int32 [num_nodes]; -1 for a root that no stage had proposed.
     """
-    return torch.from_numpy(_reroot(in_numpy(tree), last_accepted, next_token))
+    return torch.from_numpy(move_root(in_numpy(tree), last_accepted, next_token))
 
 
 @compiled
-def _reroot(tree, last_accepted, next_token):
+def move_root(tree, last_accepted, next_token):
     n = tree.num_nodes[0]
     kept, renamed = np.full(max(n, 1), -1, np.int32), np.full(n + 1, -1, np.int32)  # one more for the -1 of paths
     count, up = 0, 0

@@ -8,7 +8,10 @@ import torch
 
 from kernels.layout import EOS, LENGTH, RUNNING, Chain, Progress, Record, Tree
 from kernels.reference.compiled import compiled, in_numpy
-from kernels.reference.tree import reroot
+from kernels.reference.tree import move_root
+
+EMITTED, STATE, PROPOSED, TOKENS = Record.EMITTED, Record.STATE, Record.PROPOSED, Record.TOKENS
+SOURCES, TRIED = Record.SOURCES, Record.TRIED
 
 
 def verify_and_commit(
@@ -25,37 +28,51 @@ def verify_and_commit(
     have built below the new root stays, its nodes renumbered, and everything else is spare again. When the generation
     is over, or a stage gave NaN, further calls emit nothing.
     """
-    nodes, progress = in_numpy(tree), in_numpy(progress)
-    record = progress.record
+    _verify_and_commit(in_numpy(tree), rows.numpy(), drawn.numpy(), in_numpy(progress), in_numpy(chain))
+
+
+@compiled
+def _verify_and_commit(tree, rows, drawn, progress, chain):
+    record, num_stages, failed = progress.record, len(progress.contexts), tree.failed[0]
     record[:] = 0
-    record[Record.STATE] = progress.state[0]
+    record[STATE] = progress.state[0]
     if progress.state[0] != RUNNING:
         return
-    num_stages, rows, drawn = len(progress.contexts), rows.numpy(), drawn.numpy()
-    if nodes.failed[0] or drawn[rows >= 0].min() < 0:
-        progress.state[0] = record[Record.STATE] = -(nodes.failed[0] or num_stages)
+    for row in range(len(rows)):
+        if rows[row] >= 0 and drawn[row] < 0 and failed == 0:
+            failed = num_stages
+    if failed > 0:
+        progress.state[0] = record[STATE] = -failed
         progress.reach[:, 0] = -1
         return
-    length, end = int(progress.length[0]), int(progress.end[0])
-    accepted, next_token, ended = _walk(nodes, rows, drawn, end - length - 1, progress.eos)
-    emitted = nodes.tokens[accepted] if ended else np.append(nodes.tokens[accepted], next_token)
-    record[Record.EMITTED] = len(emitted)
-    record[Record.TOKENS : Record.TOKENS + len(emitted)] = emitted
-    _note_sources(
-        *(nodes, rows, accepted, num_stages - 1, record[Record.PROPOSED :]),
-        *(record[Record.SOURCES :], record[Record.TRIED :][: len(emitted)]),
-    )
-    progress.text[length : length + len(emitted)] = emitted
-    progress.length[0] = length + len(emitted)
-    if emitted[-1] in progress.eos:
-        progress.state[0] = EOS
-    elif length + len(emitted) >= end:
+    length, end = progress.length[0], progress.end[0]
+    accepted, next_token, ended = walk(tree, rows, drawn, end - length - 1, progress.eos)
+    last = accepted[-1] if len(accepted) else 0
+    emitted = np.empty(len(accepted) + 1, np.int32)
+    emitted[:-1], emitted[-1] = tree.tokens[accepted], next_token
+    if ended:
+        emitted = emitted[:-1]
+    length += len(emitted)
+    record[EMITTED] = len(emitted)
+    record[TOKENS : TOKENS + len(emitted)] = emitted
+    sources, tried = record[SOURCES:], record[TRIED : TRIED + len(emitted)]
+    _note_sources(tree, rows, accepted, num_stages - 1, record[PROPOSED:], sources, tried)
+    progress.text[length - len(emitted) : length] = emitted
+    progress.length[0] = length
+    if length >= end:
         progress.state[0] = LENGTH
-    record[Record.STATE] = progress.state[0]
-    last = int(accepted[-1]) if len(accepted) else 0
-    kept = np.array([-1], dtype=np.int32) if ended else reroot(tree, last, int(next_token)).numpy()
-    _commit(in_numpy(chain), length, accepted, kept)
-    _set_reach(progress)
+    for token in progress.eos:
+        if token == emitted[-1]:
+            progress.state[0] = EOS
+    record[STATE] = progress.state[0]
+    kept = np.full(1, -1, np.int32) if ended else move_root(tree, last, next_token)
+    _commit(chain, length - len(emitted), accepted, kept)
+    deepest = -1
+    if progress.state[0] == RUNNING:
+        deepest = min(progress.max_depth[0], end - length - 1)
+    for stage in range(num_stages - 1):
+        progress.reach[stage, 0] = min(progress.contexts[stage] - length, deepest - 1) if deepest >= 0 else -1
+    progress.reach[num_stages - 1, 0] = deepest
 
 
 def verify(
@@ -75,12 +92,12 @@ def verify(
     goes 0 -> 1 -> 3, accepted [1, 3], next token "y".
     """
     eos = np.array(eos_token_ids, dtype=np.int32)
-    accepted, next_token, ended = _walk(in_numpy(tree), rows.numpy(), drawn.numpy(), max_accepted, eos)
+    accepted, next_token, ended = walk(in_numpy(tree), rows.numpy(), drawn.numpy(), max_accepted, eos)
     return torch.from_numpy(accepted), int(next_token), bool(ended)
 
 
 @compiled
-def _walk(tree, rows, drawn, max_accepted, eos):
+def walk(tree, rows, drawn, max_accepted, eos):
     accepted = np.empty(len(rows), np.int32)
     count, at, ended = 0, 0, False
     while count < max_accepted and not ended:
@@ -140,11 +157,3 @@ def _commit(chain, length, accepted, kept):
                 if inside[node] == staying:
                     slots[count], cached[count] = old_slots[node], old_cached[node] if staying else 0
                     count += 1
-
-
-def _set_reach(progress: Progress) -> None:
-    length = int(progress.length[0])
-    running = progress.state[0] == RUNNING
-    deepest = min(int(progress.max_depth[0]), int(progress.end[0]) - length - 1) if running else -1
-    progress.reach[:-1, 0] = np.minimum(progress.contexts[:-1] - length, deepest - 1) if deepest >= 0 else -1
-    progress.reach[-1, 0] = deepest
