@@ -96,6 +96,14 @@ def test_top_p_orders_ties_by_id(vocab_size):
             assert (mine[ids].int().diff() <= 0).all(), "a higher id survived and a lower one did not"
 
 
+@pytest.mark.parametrize("sampling", [sampled(), sampled(top_k=50), sampled(top_k=50, min_p=1e-12)])
+def test_a_filter_that_is_off_lets_the_least_token_through(sampling):
+    """Masses so far below the best that a sum in float32 is the same without them."""
+    logits = torch.full((40, 1000), -math.inf)
+    logits[:, 100:150] = -torch.rand(40, 50) - 20.0 * (torch.arange(50) > 2)
+    assert survivors(logits, sampling, at_most=50).sum(1).tolist() == [50] * 40
+
+
 def test_top_p_orders_ties_by_id_among_the_candidates_of_top_k():
     """Thirty equal tokens all survive top_k=20; half of their mass is the fifteen lowest ids."""
     logits = torch.zeros(1, 300)

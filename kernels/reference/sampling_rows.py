@@ -118,7 +118,8 @@ def _survivors(scores, top_k, top_p, log_min_p, at_least):
         for i in range(top_k, len(ids)):
             if values[i] < last:
                 values[i] = -np.inf
-        _nucleus(values, top_p, sum_of_exp(values, values[0], np.float32(1)))
+        if top_p < 1:
+            _nucleus(values, top_p, sum_of_exp(values, values[0], np.float32(1)))
     elif top_p < 1:
         count, highest = max(_FEW, at_least), scores.max()
         total = sum_of_exp(scores, highest, np.float32(1))
