@@ -2,7 +2,7 @@
 
     python -m profiling.aot --check        # every shape, dtype and architecture; differences from the snapshot
     python -m profiling.aot --reduced      # what the tests compile
-    python -m profiling.aot --model        # where the time of a pass and an iteration should go, by arithmetic
+    python -m profiling.aot --model        # where the time of a pass should go, by arithmetic
 
 What is compiled is what runs: launches are recorded from the public operations, bound to arguments by Triton's own
 binder, and compiled once per binary. Exit status 1 when a gate fails or the snapshot of this Triton version differs.
@@ -34,7 +34,6 @@ from profiling.iteration import iteration
 from profiling.machine import describe
 from profiling.machine_code import TARGETS, Report, Source, launches, source_of, try_compile
 from profiling.shapes import BUNDLED, SHAPES
-from profiling.waits import reason_table, wait_table
 
 ALL_SHAPES = {**SHAPES, **BUNDLED}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -213,9 +212,8 @@ def tiles_text(source: Source) -> str:
 
 
 def model_tables(archs: list[str]) -> list[str]:
-    """What the passes of GPT-2 Large and the launches between them should cost, and why the latter do."""
-    passes = [model_table(arch, num_rows) for arch in archs for num_rows in (1, 64)]
-    return [*passes, *map(wait_table, archs), reason_table()]
+    """What the passes of GPT-2 Large should cost."""
+    return [model_table(arch, num_rows) for arch in archs for num_rows in (1, 64)]
 
 
 def model_document(tables: list[str]) -> str:
@@ -223,7 +221,7 @@ def model_document(tables: list[str]) -> str:
     body = "\n\n".join(f"```\n{table}\n```" for table in tables)
     return f"""# Where the time of GPT-2 Large should go
 
-Modelled, not measured, and fitted to no measurement: `profiling/cost.py`, `profiling/waits.py` and their constants.
+Modelled, not measured, and fitted to no measurement: `profiling/cost.py` and its constants.
 Triton {triton.__version__}, commit {about["commit"]}, {about["date"]}, `{about["command"]}`.
 
 {body}

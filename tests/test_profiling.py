@@ -15,16 +15,13 @@ import torch
 from kernels import reference
 from kernels.gpu import config
 from kernels.gpu.config import LinearTiles, linear_tiles
-from profiling import roofline, timing, waits
+from profiling import roofline, timing
 from profiling.calls import check, make_calls, relative_error, run, take_rows
 from profiling.comparators import as_rows, comparators
-from profiling.cost import LAUNCH, MACHINES
-from profiling.iteration import iteration
 from profiling.markdown import kernel_tables
 from profiling.shapes import SHAPES, Shape
 from profiling.tiles import CHIPS, MAX_WASTE, candidates, shared_bytes
 from profiling.tune import WEIGHTS, Task, save, using
-from profiling.waits import CYCLES, WAITS, counted, draw_launches, wait_cost, wait_table, waits_of
 from tests import interpreter
 
 ROOT = Path(__file__).parent.parent
@@ -290,44 +287,6 @@ def test_ranking_by_the_model(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads((tmp_path / "tuned.json").read_text())["sm_90"]["768x768 bfloat16"]
     assert row["source"] == "model" and 0 < row["microseconds_1"] <= row["microseconds_16"] and row["score"] <= 1
-
-
-def test_waits_are_counted_for_every_small_launch():
-    """All operations of an iteration, none that is gone; every count has a kind that costs something, and a reason."""
-    assert set(counted()) >= set(iteration(waits.VOCAB, "meta").calls)
-    launched = [launch for launches, _ in counted().values() for launch in launches]
-    assert {launch.kernel.__name__ for launch in launched} == set(WAITS)
-    for launch in launched:
-        for wait in waits_of(launch):
-            assert wait.count > 0 and wait.seconds(MACHINES["sm_90"]) > 0 and wait.reason
-    assert all(name in wait_table("sm_90") for name in counted())
-
-
-def test_waits_of_a_selection_by_hand():
-    """Two trips to L2; 32 steps of a bisection and two sums of integers; two running sums."""
-    cycles = 34 * CYCLES["int"] + 2 * CYCLES["float"]
-    cost = wait_cost(counted()["select_nodes"][0], MACHINES["sm_90"])
-    assert cost.seconds == pytest.approx(LAUNCH + 2 * 0.2e-6 + cycles / 1.83e9)
-
-
-def test_more_rows_and_slower_machines_never_cost_less():
-    fast = MACHINES["sm_90"]
-    cost = [wait_cost(draw_launches(num_rows), fast).seconds for num_rows in (1, 2, 64, 132, 133)]
-    assert cost == sorted(cost) and cost[-1] > 1.5 * cost[-2]  # the 133rd program waits for another
-    worse = {"clock": 0.5, "l2_latency": 2.0, "dram_latency": 2.0, "l2": 0.5, "multiprocessors": 0.25}
-    for field, factor in worse.items():
-        slow = fast._replace(**{field: type(getattr(fast, field))(getattr(fast, field) * factor)})
-        pairs = [
-            [wait_cost(launches, machine).seconds for machine in (slow, fast)] for launches, _ in counted().values()
-        ]
-        assert all(slower >= faster for slower, faster in pairs), field
-        assert any(slower > faster for slower, faster in pairs), field
-
-
-def test_a_launch_that_nobody_counted_is_refused():
-    (launch,) = counted()["learn"][0]
-    with pytest.raises(ValueError, match="not of linear"):
-        waits_of(launch._replace(kernel=SimpleNamespace(__name__="linear")))
 
 
 @pytest.mark.parametrize("command", ["kernels", "tune"])
