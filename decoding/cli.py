@@ -9,7 +9,7 @@ from rich.console import Console
 
 from decoding import make
 from decoding.compare import DEMO_PROMPTS, HFGenerate, compare
-from decoding.config import METHODS
+from decoding.config import METHODS, SamplingConfig
 from decoding.decoder import BUNDLED, StagedDecoder
 from decoding.display import coloured, legend, print_comparison, stage_styles
 from decoding.planner import search
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
 
-    generate = commands.add_parser("generate", help="continue a prompt")
+    generate = make.add_command(commands, "generate", "continue a prompt")
     generate.add_argument("prompt", help="the text to continue; '-' reads standard input")
     generate.add_argument("--method", choices=METHODS, help="default: the fullest that the stages allow")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
@@ -45,14 +45,14 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print one JSON object with all output fields")
     generate.set_defaults(run=run_generate)
 
-    comparison = commands.add_parser("compare", help="every method on the same prompts, tokens checked identical")
+    comparison = make.add_command(commands, "compare", "every method on the same prompts, tokens checked identical")
     comparison.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: three prompts of Python code")
     comparison.add_argument("--hf", action="store_true", help="also run Hugging Face's generate (greedy only)")
     comparison.add_argument("--color", action="store_true", help="show the completions, coloured by stage")
     comparison.add_argument("--json", action="store_true", help="print the rows as JSON")
     comparison.set_defaults(run=run_compare)
 
-    planning = commands.add_parser("plan", help="find the shape of speculation that is fastest on this machine")
+    planning = make.add_command(commands, "plan", "find the shape of speculation that is fastest on this machine")
     planning.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: three prompts of Python code")
     planning.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON for --plan of other commands")
     planning.add_argument("--turns", type=int, default=3, help="that each comparison of two shapes takes (default: 3)")
@@ -109,10 +109,10 @@ def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
 
 def _refuse_unused(flags: argparse.Namespace) -> None:
     """Greedy decoding has no use for sampling flags: say so instead of ignoring them."""
-    given = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
-    unused = [f"--{name.replace('_', '-')}" for name, default in given.items() if getattr(flags, name) != default]
-    if unused and not flags.do_sample:
-        raise ValueError(f"{', '.join(unused)}: only with --do-sample, without it decoding is greedy")
+    rule = SamplingConfig(**{name: getattr(flags, name) for name in SAMPLING if name != "seed"})
+    if rule.unused:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in rule.unused)
+        raise ValueError(f"{names}: only with --do-sample, without it decoding is greedy")
 
 
 def run_generate(flags: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kernels.layout import DEPTH_LIMIT, MAX_CHILDREN, ROW_BLOCK, Sampling, TreeShape
 from kernels.reference import TREE_SHAPE, new_seed
@@ -34,6 +34,15 @@ class SamplingConfig:
             _require_integer("top_k", self.top_k, lambda value: value >= 0, "at least 0")
         _require_number("top_p", self.top_p, lambda value: 0 < value <= 1, "in (0, 1]")
         _require_number("min_p", self.min_p, lambda value: 0 <= value <= 1, "in [0, 1]")
+
+    @property
+    def unused(self) -> list[str]:
+        """The fields that were set and have no effect, since decoding is greedy without ``do_sample``. Temperature 0
+        says the same and is not one of them."""
+        if self.do_sample:
+            return []
+        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return [name for name in changed if name != "temperature" or self.temperature != 0]
 
     def with_seed(self, seed: int) -> Sampling:
         """The draw rule of the kernels. Temperature 0 is greedy, and greedy has no filter and no noise."""

@@ -160,6 +160,8 @@ class StagedDecoder:
         """
         prompt_ids = self.encode(prompt)
         sampling = SamplingConfig(do_sample, temperature, top_k, top_p, min_p)
+        if sampling.unused:
+            warnings.warn(f"{', '.join(sampling.unused)}: only with do_sample=True, this is greedy", stacklevel=2)
         seed = secrets.randbits(63) if seed is None else check_seed(seed)
         limits = Limits(max_new_tokens, self._eos(eos_token_id, ignore_eos), _as_tuple(stop_strings))
         if limits.stop_strings and self.tokenizer is None:
@@ -297,7 +299,7 @@ def _default(value: Any, stage: str, oracle: Any) -> Any:
     if not (isinstance(value, str) and value == "auto"):
         return value
     if not (isinstance(oracle, str) and oracle == "bundled"):
-        raise ValueError(f"{stage}='auto' is known for the bundled oracle only: pass {stage}=... or {stage}=None")
+        raise ValueError(f"{stage}='auto' is the bundled oracle's, {BUNDLED / stage}: pass {stage}=... or {stage}=None")
     return BUNDLED / stage
 
 

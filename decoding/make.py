@@ -25,9 +25,13 @@ DRAFT_DEFAULTS = {"layers": 2, "width": 128, "minutes": 20.0}
 ON_A_GPU = {"tokens_per_step": 32768, "tokens_per_pass": 16384}  # defaults there
 
 
+def add_command(commands: argparse._SubParsersAction, name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+
+
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """The three commands, each with a flag for every field of ``TrainingConfig`` that serves it."""
-    oracle = commands.add_parser("train-oracle", help="train a GPT-2 on directories of text")
+    oracle = add_command(commands, "train-oracle", "train a GPT-2 on directories of text")
     oracle.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="with a tokenizer's files; otherwise one is trained"
     )
@@ -35,7 +39,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _add_training(oracle, {}, ("vocab_size", "teacher_share"))
     oracle.set_defaults(run=train_oracle)
 
-    draft = commands.add_parser("train-draft", help="train a small GPT-2, distilled from an oracle")
+    draft = add_command(commands, "train-draft", "train a small GPT-2, distilled from an oracle")
     draft.add_argument("--oracle", type=Path, required=True, metavar="DIR", help="the oracle; its tokenizer is used")
     draft.add_argument(
         "--own-text",
@@ -54,7 +58,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _add_training(draft, DRAFT_DEFAULTS, ("vocab_size",))
     draft.set_defaults(run=train_draft)
 
-    draft2 = commands.add_parser("build-draft2", help="estimate a Katz trigram table")
+    draft2 = add_command(commands, "build-draft2", "estimate a Katz trigram table")
     draft2.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="with the oracle's tokenizer.json")
     draft2.add_argument("--contexts", type=int, metavar="N", default=65536, help="pairs of tokens with their own row")
     draft2.add_argument("--model", type=Path, metavar="DIR", help="count text that this model writes, not the data")

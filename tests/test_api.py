@@ -1,6 +1,7 @@
 """The public surface: what is refused and how, where a generation ends, what it returns and leaves behind."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,16 @@ def test_bad_arguments_are_refused_by_name_and_value(tiny, arguments, message):
     assert len(tiny.generate([1, 2], max_new_tokens=4).new_token_ids) == 4
 
 
+def test_what_greedy_decoding_has_no_use_for_is_told(tiny):
+    """In a warning, as by Hugging Face; what is greedy by itself, and what is at its default, is not."""
+    with pytest.warns(UserWarning, match="temperature, top_p: only with do_sample=True"):
+        tiny.generate([1, 2], max_new_tokens=1, temperature=0.7, top_p=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.generate([1, 2], max_new_tokens=1, temperature=0, top_k=50)
+        tiny.generate([1, 2], max_new_tokens=1, temperature=0.7, do_sample=True)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -104,7 +115,7 @@ def test_what_cannot_be_loaded_is_refused(arguments, message, monkeypatch):
 
 
 def test_auto_stages_exist_for_the_bundled_oracle_only():
-    with pytest.raises(ValueError, match="pass draft=... or draft=None"):
+    with pytest.raises(ValueError, match="is the bundled oracle's, .*pass draft=... or draft=None"):
         StagedDecoder.from_pretrained(tiny_model(0, 1), draft2=None)
 
 

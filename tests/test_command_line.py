@@ -24,6 +24,12 @@ def test_command_line_json(capsys):
     assert {"sequences", "text", "finish_reason", "stats"} <= out.keys()
 
 
+def test_sampling_flags_of_greedy_decoding_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "import os", "--temperature", "0.7", "--top-k", "5"])
+    assert "--temperature, --top-k: only with --do-sample" in capsys.readouterr().err
+
+
 def test_command_line_colour_and_compare(capsys):
     cli.main(["generate", "def add(a, b):", "--max-new-tokens", "8", "--color"])
     shown = capsys.readouterr().out
