@@ -119,7 +119,8 @@ class _Counters:
 
 
 class KatzStage(_Counters):
-    """draft²: a look-up per node, in what a stage above drew after the same two tokens or else in a baked table.
+    """draft²: a look-up per node, in what a stage above drew after the same two tokens, or else in what follows them in
+    the prompt, or else in a baked table.
 
     What the oracle drew it takes for as good as what the stage below the oracle would say, which is not asked then.
     """
@@ -130,6 +131,7 @@ class KatzStage(_Counters):
     def __init__(self, name: str, table: SuccessorTable, ops: ModuleType):
         self.name, self.table, self.ops = name, table, ops
         self.vocab_size, self.device = table.vocab_size, table.tokens.device
+        self._on_host = SuccessorTable(*(column.cpu() for column in table[:-1]), table.vocab_size)
         self.recent = ops.new_recent(self.num_recent, self.remembers, self.vocab_size, table.tokens.device)
         self.in_use = threading.Lock()
         self._row_bytes = table.tokens.shape[1] * 8 + 16
@@ -141,6 +143,9 @@ class KatzStage(_Counters):
 
     def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> None:
         self._forget()
+        start = time.perf_counter()
+        self.ops.learn_text(self.recent, self._on_host, prompt)
+        self.seconds = time.perf_counter() - start
 
     def _forget(self) -> None:
         self._reset_counters()

@@ -228,6 +228,62 @@ def test_buckets_that_are_no_power_of_two_are_refused():
         gpu.learn(table, tree, nodes, progress, children, torch.zeros(1, 2, device=device))
 
 
+def on_host(table: SuccessorTable) -> SuccessorTable:
+    return SuccessorTable(*(column.cpu() for column in table[:-1]), table.vocab_size)
+
+
+def test_what_follows_in_the_prompt_comes_before_the_table(table, ops):
+    """1 2 is followed by 3, 0, 3: three quarters of the mass, the last one is the baked row's. 2 3 is followed by 1
+    once, at the end by nothing. What a stage draws replaces it."""
+    recent = ops.new_recent(2**10, 2, SIZE, home(ops))
+    ops.learn_text(recent, on_host(table), [1, 2, 3, 1, 2, 0, 1, 2, 3])
+    assert recall(recent, table, [1, 2], ops) == ([3, 0], pytest.approx([2 / 4 + 1 / 16, 1 / 4 + 1 / 8]))
+    assert recall(recent, table, [2, 3], ops) == ([1, 3], pytest.approx([1 / 2, 1 / 4]))
+    assert recall(recent, table, [0, 2], ops) == ([2, 3], [0.5, 0.25]), "not in the prompt"
+    remember(recent, [1, 2], [0], [[1, 2, 0]], [[0.7, 0.2, 0.1]], ops)
+    assert recall(recent, table, [1, 2], ops) == ([1, 2], pytest.approx([0.7, 0.2]))
+
+
+@pytest.mark.parametrize("text", [[], [1], [1, 2]])
+def test_a_prompt_of_two_tokens_teaches_nothing(text, table, ops):
+    recent = ops.new_recent(16, 2, SIZE, home(ops))
+    ops.learn_text(recent, on_host(table), text)
+    assert (recent.keys == -1).all()
+
+
+@pytest.mark.parametrize("num_buckets", [8, 64, 1024])
+def test_rows_of_a_prompt_by_counting(num_buckets):
+    """Every row against one counted with dictionaries; few buckets hold the context that came last, few columns the
+    best successors, and log_rest what is left."""
+    rng, size, width = np.random.default_rng(num_buckets), 9, 3
+    text = rng.integers(size, size=150).tolist()
+    tokens = np.stack([rng.permutation(size)[:4] for _ in range(size)]).astype(np.int32)
+    masses = torch.rand(size, 5).softmax(-1)
+    keys = torch.full((8,), -1, dtype=torch.int64)
+    table = SuccessorTable(keys, keys.int(), torch.from_numpy(tokens), masses[:, :4].log(), masses[:, 4].log(), size)
+    recent = reference.new_recent(num_buckets, width, size)
+    reference.learn_text(recent, table, text)
+    counts, owner = {}, {}
+    for previous, last, following in zip(text, text[1:], text[2:], strict=False):
+        counts.setdefault((previous, last), []).append(following)
+        owner[int(hash_context(torch.tensor(previous * size + last), num_buckets))] = previous, last
+    assert (recent.keys >= 0).nonzero().flatten().tolist() == sorted(owner)
+    for bucket, context in owner.items():
+        seen = counts[context]
+        law = dict.fromkeys(range(size), 0.0)
+        for token, mass in zip(tokens[context[1]].tolist(), masses[context[1]].tolist(), strict=False):
+            law[token] += mass / (len(seen) + 1)
+        for token in seen:
+            law[token] += 1 / (len(seen) + 1)
+        best = sorted(law.values(), reverse=True)[:width]
+        found = recent.log_probs[bucket].exp().tolist()
+        assert recent.keys[bucket] == context[0] * size + context[1] and recent.levels[bucket] == 0
+        assert found == pytest.approx(best, rel=1e-5)
+        assert [law[token] for token in recent.tokens[bucket].tolist()] == pytest.approx(best, rel=1e-5)
+        assert len(set(recent.tokens[bucket].tolist())) == width
+        assert math.exp(recent.log_rest[bucket]) == pytest.approx(1 - sum(best), abs=2e-6)
+
+
 def test_a_wide_verdict_is_learnt_in_launches_of_a_pass(table, ops, monkeypatch):
     """Each of at most MAX_ROWS nodes, in order: a launch compares all of its nodes with one another."""
     stage, launched = KatzStage("draft2", table, ops), []

@@ -22,7 +22,7 @@ from kernels.gpu.sampling import draw
 from kernels.gpu.tree import insert_children, select_nodes
 from kernels.gpu.verify import verify_and_commit
 from kernels.layout import Quantized
-from kernels.reference import new_chain, new_progress, new_recent, new_seed, new_tree
+from kernels.reference import learn_text, new_chain, new_progress, new_recent, new_seed, new_tree
 
 
 def state_device(device: torch.device) -> torch.device:
@@ -63,6 +63,7 @@ __all__ = [
     "layer_norm_linear",
     "layer_norm_qkv",
     "learn",
+    "learn_text",
     "linear_residual",
     "lm_head",
     "lookup_nodes",

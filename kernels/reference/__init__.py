@@ -11,7 +11,7 @@ from kernels.reference.linear import (
     packed,
     pad_rows,
 )
-from kernels.reference.lookup import extend_tree, hash_context, learn, lookup, lookup_nodes, new_recent
+from kernels.reference.lookup import extend_tree, hash_context, learn, learn_text, lookup, lookup_nodes, new_recent
 from kernels.reference.moments import new_moments
 from kernels.reference.noise import gumbel_noise, philox, seed_number
 from kernels.reference.route import PREFILL_ROWS, TREE_SHAPE, embed, path_slots, route
@@ -35,6 +35,7 @@ __all__ = [
     "layer_norm_linear",
     "layer_norm_qkv",
     "learn",
+    "learn_text",
     "linear_residual",
     "lm_head",
     "lookup",

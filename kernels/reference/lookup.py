@@ -146,6 +146,66 @@ def _learn(recent, previous, last, children, log_probs, level, least_rest):
         recent.log_rest[bucket] = np.log(max(rest, least_rest))
 
 
+def learn_text(recent: RecentTable, table: SuccessorTable, text: list[int]) -> None:
+    """Remember what follows each two tokens of ``text``, until a stage draws something there.
+
+    A context that occurs n times gives n / (n + 1) of the mass to what follows it, by frequency, and the rest to its
+    baked row; at temperature 1, for the generation's is not known yet. Of two contexts in one bucket the one that comes
+    last stays. ``table`` lies on the host, ``recent`` anywhere.
+    """
+    if len(text) > 2:
+        shape = len(recent.keys), recent.tokens.shape[1], MAX_PROBES, np.float32(LEAST_REST)
+        columns = _rows_of_text(in_numpy(table), np.array(text, dtype=np.int64), *shape)
+        buckets, *rows = (torch.from_numpy(column).to(recent.keys.device) for column in columns)
+        for column, values in zip(recent[:5], rows, strict=True):
+            column.index_copy_(0, buckets, values)
+
+
+@compiled
+def _rows_of_text(table, text, num_buckets, width, max_probes, least_rest):
+    """Buckets int64 [C], all different, and the first five columns of a ``RecentTable`` there."""
+    keys = text[:-2] * table.vocab_size + text[1:-1]
+    buckets, firsts = _hash(keys, num_buckets), _hash(keys, len(table.keys))
+    order, newest = np.argsort(keys, kind="mergesort"), np.full(num_buckets, -1, np.int64)
+    for i in range(len(keys)):
+        newest[buckets[i]] = i
+    num_kept, kept = 0, np.empty(len(keys), np.int64)
+    tokens, log_probs = np.zeros((len(keys), width), np.int32), np.full((len(keys), width), -np.inf, np.float32)
+    log_rest, baked = np.empty(len(keys), np.float32), table.tokens.shape[1]
+    found, mass = np.empty(baked + len(keys), np.int64), np.empty(baked + len(keys), np.float32)
+    start = 0
+    while start < len(keys):
+        end = start + 1
+        while end < len(keys) and keys[order[end]] == keys[order[start]]:
+            end += 1
+        last, times, count = order[end - 1], end - start, baked
+        if newest[buckets[last]] == last:
+            row = _baked_row(table, keys[last], text[last + 1], firsts[last], max_probes)
+            found[:baked] = table.tokens[row]
+            mass[:baked] = np.exp(table.log_probs[row]) / np.float32(times + 1)
+            for i in order[start:end]:
+                place = 0
+                while place < count and found[place] != text[i + 2]:
+                    place += 1
+                if place == count:
+                    found[place], mass[place] = text[i + 2], 0
+                    count += 1
+                mass[place] += np.float32(1) / np.float32(times + 1)
+            rest = np.float32(1)
+            for column in range(min(width, count)):
+                best = mass[:count].argmax()
+                if mass[best] > 0:
+                    tokens[num_kept, column], log_probs[num_kept, column] = found[best], np.log(mass[best])
+                    rest -= mass[best]
+                    mass[best] = 0
+            kept[num_kept], log_rest[num_kept] = last, np.log(max(rest, least_rest))
+            num_kept += 1
+        start = end
+    kept = kept[:num_kept]
+    rows = tokens[:num_kept], log_probs[:num_kept], log_rest[:num_kept], np.zeros(num_kept, np.int32)
+    return buckets[kept], keys[kept], rows[0], rows[1], rows[2], rows[3]
+
+
 def _contexts(tree: Tree, nodes: torch.Tensor, progress: Progress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The token before each node's own, in the tree or in the text, -1 where there is none; its own; and the position
     of the token after it: int64 [W] each."""
@@ -183,21 +243,26 @@ def _answers(table: SuccessorTable, recent: RecentTable | None, contexts, sampli
 
 
 @compiled
+def _baked_row(table, key, last, first, max_probes):
+    """The row of a context by linear probing from bucket ``first``, or else that of its last token."""
+    for probe in range(max_probes if key >= 0 else 0):
+        bucket = (first + probe) % len(table.keys)
+        if table.keys[bucket] == key:
+            return np.int64(table.rows[bucket])
+    return np.int64(last)
+
+
+@compiled
 def _rows(table, recent, previous, last, temperature, max_probes):
     """What is known of contexts: tokens int64 [N, m], log-probabilities [N, m] and of the mass outside [N], tempered;
-    and the level of a remembered row, else 0. A baked row is found by linear probing; ``recent`` goes before it."""
+    and the level of a remembered row, else 0. ``recent`` goes before the baked rows."""
     shape = len(last), table.tokens.shape[1]
     tokens, log_probs, log_rest = np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape[0], np.float32)
     levels = np.zeros(shape[0], np.int32)
     keys = previous * table.vocab_size + last
     firsts = _hash(keys, len(table.keys))
     for i in range(len(keys)):
-        row = last[i]
-        for probe in range(max_probes if previous[i] >= 0 else 0):
-            bucket = (firsts[i] + probe) % len(table.keys)
-            if table.keys[bucket] == keys[i]:
-                row = np.int64(table.rows[bucket])
-                break
+        row = _baked_row(table, keys[i] if previous[i] >= 0 else np.int64(-1), last[i], firsts[i], max_probes)
         for column in range(shape[1]):
             tokens[i, column] = table.tokens[row, column]
             log_probs[i, column] = table.log_probs[row, column] / temperature
