@@ -112,7 +112,7 @@ def _refuse_unused(flags: argparse.Namespace) -> None:
     rule = SamplingConfig(**{name: getattr(flags, name) for name in SAMPLING if name != "seed"})
     if rule.unused:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in rule.unused)
-        raise ValueError(f"{names}: only with --do-sample, without it decoding is greedy")
+        raise ValueError(f"{names}: no effect without --do-sample and a temperature above 0")
 
 
 def run_generate(flags: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from kernels.layout import DEPTH_LIMIT, MAX_CHILDREN, ROW_BLOCK, Sampling, TreeS
 from kernels.reference import TREE_SHAPE, new_seed
 
 MAX_WIDTH = 1024  # nodes that one launch selects, and rounds
-LEAST_TEMPERATURE = 1e-30  # logits over less leave float32
+LEAST_TEMPERATURE = 1e-30  # and tau: logits over less leave float32
 METHODS = ("baseline", "speculative", "tree", "staged")
 
 
@@ -37,17 +37,21 @@ class SamplingConfig:
 
     @property
     def unused(self) -> list[str]:
-        """The fields that were set and have no effect, since decoding is greedy without ``do_sample``. Temperature 0
-        says the same and is not one of them."""
-        if self.do_sample:
+        """The fields that were set and have no effect, since decoding is greedy without ``do_sample`` and at
+        temperature 0."""
+        if not self.is_greedy:
             return []
-        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        changed = [field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default]
         return [name for name in changed if name != "temperature" or self.temperature != 0]
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0
 
     def with_seed(self, seed: int) -> Sampling:
         """The draw rule of the kernels. Temperature 0 is greedy, and greedy has no filter and no noise."""
         words = new_seed(seed)
-        if not self.do_sample or self.temperature == 0:
+        if self.is_greedy:
             return Sampling(noise=False, seed=words, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         return Sampling(True, words, float(self.temperature), self.top_k or 0, float(self.top_p), float(self.min_p))
 
@@ -92,7 +96,7 @@ class SpeculationConfig:
                 _require_integer(name, value, lambda v, most=most: 1 <= v <= most, f"in [1, {most}]")
         _require_integer("budget", self.budget, lambda v: 0 <= v < MAX_WIDTH, f"in [0, {MAX_WIDTH - 1}]")
         _require_integer("max_depth", self.max_depth, lambda v: 1 <= v <= DEPTH_LIMIT, f"in [1, {DEPTH_LIMIT}]")
-        _require_number("tau", self.tau, lambda v: v > 0, "above 0")
+        _require_number("tau", self.tau, lambda v: v >= LEAST_TEMPERATURE, f"at least {LEAST_TEMPERATURE}")
         _require_number("min_prob", self.min_prob, lambda v: 0 <= v < 1, "in [0, 1)")
 
     @property

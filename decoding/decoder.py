@@ -161,7 +161,8 @@ class StagedDecoder:
         prompt_ids = self.encode(prompt)
         sampling = SamplingConfig(do_sample, temperature, top_k, top_p, min_p)
         if sampling.unused:
-            warnings.warn(f"{', '.join(sampling.unused)}: only with do_sample=True, this is greedy", stacklevel=2)
+            unused = ", ".join(sampling.unused)
+            warnings.warn(f"{unused}: no effect without do_sample=True and a temperature above 0", stacklevel=2)
         seed = secrets.randbits(63) if seed is None else check_seed(seed)
         limits = Limits(max_new_tokens, self._eos(eos_token_id, ignore_eos), _as_tuple(stop_strings))
         if limits.stop_strings and self.tokenizer is None:

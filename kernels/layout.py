@@ -165,9 +165,11 @@ class SuccessorTable(NamedTuple):
 
 
 class RecentTable(NamedTuple):
-    """What higher stages drew in this generation after contexts of two tokens; a newer row replaces an older one.
+    """What higher stages drew in this generation after contexts of two tokens, before that what follows these in the
+    prompt; a newer row replaces an older one.
 
-    One bucket a context, ``hash_context`` of its key; log-probabilities are those at the generation's temperature. The
+    One bucket a context, ``hash_context`` of its key; log-probabilities are those at the generation's temperature, of
+    the prompt's rows at temperature 1. The
     level of a row is the stage whose scoring it replaces, the one below the stage that drew it; of two rows for one
     context the one of the higher level stays.
     """

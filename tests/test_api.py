@@ -87,8 +87,10 @@ def test_bad_arguments_are_refused_by_name_and_value(tiny, arguments, message):
 
 def test_what_greedy_decoding_has_no_use_for_is_told(tiny):
     """In a warning, as by Hugging Face; what is greedy by itself, and what is at its default, is not."""
-    with pytest.warns(UserWarning, match="temperature, top_p: only with do_sample=True"):
+    with pytest.warns(UserWarning, match="temperature, top_p: no effect without do_sample=True"):
         tiny.generate([1, 2], max_new_tokens=1, temperature=0.7, top_p=0.9)
+    with pytest.warns(UserWarning, match="top_k: no effect"):
+        tiny.generate([1, 2], max_new_tokens=1, temperature=0, top_k=7, do_sample=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.generate([1, 2], max_new_tokens=1, temperature=0, top_k=50)

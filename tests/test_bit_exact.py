@@ -298,7 +298,11 @@ def loop_of_exp(x):
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x: sampling.exp(torch.from_numpy(x)).numpy(), loop_of_exp, lambda x: noise.noise_of(np.int64(-1e8 * x))],
+    [
+        lambda x: sampling.exp(torch.from_numpy(x)).numpy(),
+        loop_of_exp,
+        lambda x: noise.keyed_noise(5, 7, np.int64(-x), np.int64(-1e8 * x)),
+    ],
     ids=["exp", "loop", "noise"],
 )
 def test_element_wise_functions(function):

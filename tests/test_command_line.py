@@ -27,7 +27,7 @@ def test_command_line_json(capsys):
 def test_sampling_flags_of_greedy_decoding_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["generate", "import os", "--temperature", "0.7", "--top-k", "5"])
-    assert "--temperature, --top-k: only with --do-sample" in capsys.readouterr().err
+    assert "--temperature, --top-k: no effect without --do-sample" in capsys.readouterr().err
 
 
 def test_command_line_colour_and_compare(capsys):

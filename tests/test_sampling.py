@@ -153,6 +153,33 @@ def test_all_equal_row_keeps_the_lowest_ids(sampling, expected):
         assert survivors(logits, sampling, at_most=100)[0].nonzero().squeeze(1).tolist() == list(expected)
 
 
+@pytest.mark.parametrize("top_k", range(2, 8))
+def test_number_of_children_does_not_move_the_nucleus(top_k):
+    """Plain decoding asks for no child, an oracle that is listened to for 8. top_p is a sum of masses of the row, so
+    that the last bit of their total decides."""
+    generator, mismatches = torch.Generator().manual_seed(top_k), 0
+    for seed in range(150):
+        logits = torch.full((1, 64), -60.0)
+        logits[0, :top_k] = torch.randn(top_k, generator=generator)
+        masses = logits[0, :top_k].softmax(0).sort(descending=True).values
+        rule = sampled(seed=seed, top_k=top_k, top_p=float(masses[: 1 + seed % (top_k - 1)].sum()))
+        rows, positions = logits.expand(20, 64), torch.arange(20, dtype=torch.int32)
+        alone = draw(rows, positions, rule)[0]
+        mismatches += sum(not torch.equal(draw(rows, positions, rule, width)[0], alone) for width in (1, 8))
+    assert mismatches == 0
+
+
+def test_ties_under_noise_go_to_the_lowest_id():
+    """Logits so large that adding noise leaves equal ones equal: children by the loops and by the specification."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (2**24 + 2 * torch.randint(0, 3, (500, 40), generator=generator)).float()
+    rule, positions = sampled(top_k=5), torch.arange(500, dtype=torch.int32)
+    _, children, edges = draw(logits, positions, rule, 8)
+    _, wanted, _, _ = specification.by_torch(logits, positions, rule, 8, 1.0)
+    live = edges > -math.inf
+    assert torch.equal(children[live], wanted[live])
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, sampled(), sampled(top_k=2), sampled(top_k=2, top_p=0.99)])
 def test_ties_go_to_the_lowest_id(monkeypatch, sampling):
     """With the noise switched off: equal scores at ids 20, 70 and 90."""

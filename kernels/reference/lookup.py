@@ -1,4 +1,5 @@
-"""Torch twin of draft2: look-ups in a baked table of successors, and in what a higher stage drew in this generation."""
+"""Torch twin of draft2: look-ups in a baked table of successors, in what a higher stage drew in this generation, and in
+what follows in the prompt."""
 
 import math
 

@@ -58,23 +58,18 @@ def seed_number(words: torch.Tensor) -> int:
 
 
 @compiled
-def _gumbel(word):
-    return np.float32(-np.log(-np.log1p(-((word + 0.5) * 2.0**-32))))
-
-
-@compiled
 def noise_of(words):
     """Gumbel noise float32 of Philox words int64, both flat."""
     noise = np.empty(len(words), np.float32)
     for i in range(len(words)):
-        noise[i] = _gumbel(words[i])
+        noise[i] = -np.log(-np.log1p(-((words[i] + 0.5) * 2.0**-32)))
     return noise
 
 
 @compiled
 def keyed_noise(k0, k1, positions, tokens):
     """``gumbel_noise`` of flat arrays of integers."""
-    noise = np.empty(len(tokens), np.float32)
+    words = np.empty(len(tokens), np.int64)
     for i in range(len(tokens)):
-        noise[i] = _gumbel(_compiled_rounds(k0, k1, int(tokens[i]), int(positions[i]), 0, 0, 10)[0])
-    return noise
+        words[i] = _compiled_rounds(k0, k1, int(tokens[i]), int(positions[i]), 0, 0, 10)[0]
+    return noise_of(words)

@@ -114,12 +114,12 @@ def _survivors(scores, top_k, top_p, log_min_p, at_least):
     if top_k > 0:
         ids = _best(scores, max(top_k, at_least))
         values = scores[ids]
-        last = values[top_k - 1]
-        for i in range(top_k, len(ids)):
-            if values[i] < last:
-                values[i] = -np.inf
-        if top_p < 1:
-            _nucleus(values, top_p, sum_of_exp(values, values[0], np.float32(1)))
+        count = top_k
+        while count < len(ids) and values[count] == values[top_k - 1]:
+            count += 1
+        values[count:] = -np.inf
+        if top_p < 1:  # of those alone: the sum must not depend on how many others there are
+            _nucleus(values, top_p, sum_of_exp(values[:count], values[0], np.float32(1)))
     elif top_p < 1:
         count, highest = max(_FEW, at_least), scores.max()
         total = sum_of_exp(scores, highest, np.float32(1))
