@@ -172,8 +172,8 @@ def test_number_of_children_does_not_move_the_nucleus(top_k):
 def test_ties_under_noise_go_to_the_lowest_id():
     """Logits so large that adding noise leaves equal ones equal: children by the loops and by the specification."""
     generator = torch.Generator().manual_seed(0)
-    logits = (2**24 + 2 * torch.randint(0, 3, (500, 40), generator=generator)).float()
-    rule, positions = sampled(top_k=5), torch.arange(500, dtype=torch.int32)
+    logits = (2**24 + 2 * torch.randint(0, 3, (4000, 40), generator=generator)).float()
+    rule, positions = sampled(top_k=5), torch.arange(4000, dtype=torch.int32)
     _, children, edges = draw(logits, positions, rule, 8)
     _, wanted, _, _ = specification.by_torch(logits, positions, rule, 8, 1.0)
     live = edges > -math.inf
