@@ -90,12 +90,13 @@ def test_a_generation_forgets_the_one_before(sampling, decoder):
 
 
 def test_draft2_remembers_what_the_draft_drew(decoder, monkeypatch):
-    """After every iteration but the last, which has nothing to propose, draft2 holds the context of its root, although
-    the oracle keeps its draws to itself here."""
+    """Before the first iteration draft2 holds the contexts of the prompt that something follows; after every iteration
+    but the last, which has nothing to propose, that of its root, although the oracle keeps its draws to itself here."""
     running = generation(decoder(0.2), BELOW_DRAFT, "greedy")
     recent, learn = running.lower[0].recent, running.lower[0].learn
     monkeypatch.setattr(running.lower[0], "learn", lambda *a, level: learn(*a, level=level) if level == 0 else None)
-    assert (recent.keys == -1).all()
+    pairs = zip(running.text[:-2], running.text[1:-1], strict=True)
+    assert set(recent.keys.tolist()) == {-1, *(previous * VOCAB + last for previous, last in pairs)}
     for _ in range(4):
         previous, last = running.text[-2:]
         running.step()
