@@ -41,8 +41,9 @@ class SamplingConfig:
         temperature 0."""
         if not self.is_greedy:
             return []
-        changed = [field.name for field in fields(self)[1:] if getattr(self, field.name) != field.default]
-        return [name for name in changed if name != "temperature" or self.temperature != 0]
+        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        saying_so = {"do_sample", "temperature"} if self.temperature == 0 else {"do_sample"}
+        return [name for name in changed if name not in saying_so]
 
     @property
     def is_greedy(self) -> bool:

@@ -169,9 +169,8 @@ class RecentTable(NamedTuple):
     prompt; a newer row replaces an older one.
 
     One bucket a context, ``hash_context`` of its key; log-probabilities are those at the generation's temperature, of
-    the prompt's rows at temperature 1. The
-    level of a row is the stage whose scoring it replaces, the one below the stage that drew it; of two rows for one
-    context the one of the higher level stays.
+    the prompt's rows at temperature 1. The level of a row is the stage whose scoring it replaces, the one below the
+    stage that drew it, 0 of the prompt's; of two rows for one context the one of the higher level stays.
     """
 
     keys: torch.Tensor  # int64 [buckets], a power of two; previous * vocab_size + last, -1 empty

@@ -202,9 +202,8 @@ def _rows_of_text(table, text, num_buckets, width, max_probes, least_rest):
             kept[num_kept], log_rest[num_kept] = last, np.log(max(rest, least_rest))
             num_kept += 1
         start = end
-    kept = kept[:num_kept]
-    rows = tokens[:num_kept], log_probs[:num_kept], log_rest[:num_kept], np.zeros(num_kept, np.int32)
-    return buckets[kept], keys[kept], rows[0], rows[1], rows[2], rows[3]
+    kept, tokens, log_probs, log_rest = kept[:num_kept], tokens[:num_kept], log_probs[:num_kept], log_rest[:num_kept]
+    return buckets[kept], keys[kept], tokens, log_probs, log_rest, np.zeros(num_kept, np.int32)
 
 
 def _contexts(tree: Tree, nodes: torch.Tensor, progress: Progress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

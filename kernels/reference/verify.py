@@ -46,7 +46,7 @@ def _verify_and_commit(tree, rows, drawn, progress, chain):
         progress.reach[:, 0] = -1
         return
     length, end = progress.length[0], progress.end[0]
-    accepted, next_token, ended = walk(tree, rows, drawn, end - length - 1, progress.eos)
+    accepted, next_token, ended = _walk(tree, rows, drawn, end - length - 1, progress.eos)
     last = accepted[-1] if len(accepted) else 0
     emitted = np.empty(len(accepted) + 1, np.int32)
     emitted[:-1], emitted[-1] = tree.tokens[accepted], next_token
@@ -92,12 +92,12 @@ def verify(
     goes 0 -> 1 -> 3, accepted [1, 3], next token "y".
     """
     eos = np.array(eos_token_ids, dtype=np.int32)
-    accepted, next_token, ended = walk(in_numpy(tree), rows.numpy(), drawn.numpy(), max_accepted, eos)
+    accepted, next_token, ended = _walk(in_numpy(tree), rows.numpy(), drawn.numpy(), max_accepted, eos)
     return torch.from_numpy(accepted), int(next_token), bool(ended)
 
 
 @compiled
-def walk(tree, rows, drawn, max_accepted, eos):
+def _walk(tree, rows, drawn, max_accepted, eos):
     accepted = np.empty(len(rows), np.int32)
     count, at, ended = 0, 0, False
     while count < max_accepted and not ended:
