@@ -219,6 +219,8 @@ class Trainer:
         batch = windows(self.ids, length, self.taken[length], count, config.seed).to(self.device)
         offset = torch.tensor(int(rng.integers(0, config.context - length + 1)))
         guide = self.teacher if self.progress > 1.0 - config.teacher_share else None
+        if self.device.type == "cpu":  # flash attention's backward pass: slow there, but better than a long square
+            self.model.set_attn_implementation("sdpa" if full else "eager")
         mean_loss = torch.zeros((), device=self.device)
         for part in batch.split(max(1, (config.tokens_per_pass or config.tokens_per_step) // length)):
             with torch.compiler.set_stance(self.stance):
