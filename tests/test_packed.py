@@ -8,6 +8,7 @@ from kernels import gpu, reference
 from kernels.layout import ROW_BLOCK, ROW_MULTIPLE
 from kernels.reference import attention, linear
 from kernels.reference.linear import Packed
+from model.quantization import quantize_matrix
 from tests.helpers import assert_same_rows
 
 ENGINES = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
@@ -80,7 +81,7 @@ def test_how_many_rows_agree_is_found_out(spoilt, found, monkeypatch):
     """A product that rounds otherwise for some numbers of rows; one by a library without a promise is not tried."""
 
     class Spoilt(Packed):
-        def product(self, x, bias, activation):
+        def product(self, x, bias, activation, residual=None):
             y = F.linear(x.double(), self.weight).float()
             return y * (1 + 1e-6) if spoilt is not None and len(x) in spoilt else y
 
@@ -90,22 +91,47 @@ def test_how_many_rows_agree_is_found_out(spoilt, found, monkeypatch):
 
     monkeypatch.setattr(linear, "Packed", Spoilt)
     library = Packed(torch.randn(8, 64)).library
-    tried = (torch.Size([48, 64]), torch.float32, False, None, 1)
+    tried = (torch.Size([48, 64]), torch.float32, False, None, False, 1)
     assert linear.agreeing_rows.__wrapped__(library, *tried) == found
     assert linear.agreeing_rows.__wrapped__("torch", *tried) == (ROW_BLOCK, ROW_BLOCK)
 
 
+@pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 17, 48, 49, 100])
-def test_products_take_no_more_rows_than_agree(num_rows, halves, monkeypatch):
-    """Blocks of at most as many as agree, the last one a multiple of ROW_BLOCK; the sums are those of one product."""
+def test_products_take_no_more_rows_than_agree(num_rows, has_residual, halves, monkeypatch):
+    """Blocks of at most as many as agree, the last one a multiple of ROW_BLOCK; the sums are those of one product,
+    and each row's residual goes with it."""
     weight, x, asked = Packed(halves), torch.randn(num_rows, 128), []
     product = weight.product
     monkeypatch.setattr(weight, "rows", lambda *how: (ROW_MULTIPLE, 48))
     monkeypatch.setattr(weight, "product", lambda block, *how: asked.append(len(block)) or product(block, *how))
-    y = linear.linear(x, weight, None)
-    torch.testing.assert_close(y, F.linear(x, halves), rtol=1e-4, atol=1e-9)
+    residual = torch.randn(num_rows, len(halves)) if has_residual else None
+    y = linear.linear(x, weight, None, residual=residual)
+    wanted = F.linear(x, halves) + (residual if has_residual else 0)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-9)
     assert sum(asked) - num_rows < (ROW_MULTIPLE if num_rows <= ROW_BLOCK else ROW_BLOCK)
     assert all(rows <= 48 and not rows % (ROW_MULTIPLE if num_rows <= ROW_BLOCK else ROW_BLOCK) for rows in asked)
+
+
+@pytest.mark.parametrize("library", ["fbgemm", "onednn", "torch", "int8"])
+@pytest.mark.parametrize("num_rows", [1, 7, 37])
+def test_a_residual_is_added(num_rows, library):
+    """By every library, to a row alone as to the same row among others."""
+    weight = torch.randint(-127, 128, (96, 64)).float()
+    weight[:, 0] = 127.0  # integers of 8 bits as they are
+    if library == "onednn":
+        weight = weight / 3.0  # of more than 16 bits
+    if library == "torch":
+        weight = weight.double()
+    matrix = quantize_matrix(weight) if library == "int8" else Packed(weight)
+    if isinstance(matrix, Packed) and matrix.library != library:
+        pytest.skip(f"this processor's products are by {matrix.library}")
+    shapes = (num_rows, 64), (num_rows, 96), (96,)
+    x, residual, bias = (torch.randint(-9, 10, shape).to(weight.dtype) for shape in shapes)
+    y = reference.linear_residual(x, reference.packed(matrix), bias, residual)
+    torch.testing.assert_close(y, residual + x @ weight.T + bias, rtol=1e-5, atol=1e-2)
+    one = slice(num_rows - 1, num_rows)
+    assert torch.equal(reference.linear_residual(x[one], reference.packed(matrix), bias, residual[one])[0], y[-1])
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,13 @@ def tree_attention(
     if not one_shape(q.device):
         multiple, agree = agreeing(heads, dim, torch.get_num_threads())
     attend = _by_columns if agree and COMPILES else _by_rows
-    mixed = q.new_zeros(len(q), heads, dim)
+    mixed = q.new_empty(q.shape[0], heads, dim)
     for block in route.blocks:
-        mixed[block.rows] = attend(q[block.rows], k_cache, v_cache, block, scale, multiple, route.workspaces)
-    return mixed.flatten(1)
+        of_block = attend(q[block.rows], k_cache, v_cache, block, scale, multiple, route.workspaces)
+        mixed[block.rows].copy_(of_block)
+    if block.rows.stop < mixed.shape[0]:
+        mixed[block.rows.stop :] = 0
+    return mixed.view(-1, heads * dim)
 
 
 class _Workspace:
@@ -80,7 +83,7 @@ def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int, 
     else:
         torch.cat([torch.bmm(space.by_head, some) for some in space.keys], -1, out=space.scores)
     lanes = block.columns, block.live, block.firsts, block.ends
-    _weigh(space.weighed, *lanes, np.float32(scale), TAIL_WINDOW, _PARTS)
+    _weigh(space.weighed, *lanes, np.float32(scale))
     torch.bmm(*space.windows[0], out=space.mixed)
     for window in space.windows[1:]:
         space.mixed.baddbmm_(*window)
@@ -105,51 +108,50 @@ def _gather(q, k_cache, v_cache, slots, shift, by_head, keys, values):
 
 
 @compiled
-def _weigh(scores, columns, live, firsts, ends, scale, tail_window, num_parts):
+def _weigh(scores, columns, live, firsts, ends, scale):
     """Scores [H, R, C] become weights, in place: of row r's lanes their softmax, of all other columns zero."""
-    num_lanes = columns.shape[1]
-    values = np.empty(num_lanes + scores.shape[2], np.float32)
-    parts = np.empty(num_parts, np.float32)
+    values = np.empty(TAIL_LANES + scores.shape[2], np.float32)
+    parts = np.empty(_PARTS, np.float32)
     for head in range(scores.shape[0]):
         for row in range(scores.shape[1]):
+            across = scores[head, row]
             if row >= len(columns):
-                scores[head, row] = 0
+                across[:] = 0
                 continue
-            first, end = tail_window + firsts[row], ends[row]
-            for lane in range(num_lanes):
-                score = scores[head, row, columns[row, lane]] * scale
-                values[lane] = score if live[row, lane] else np.float32(-np.inf)
+            first, end = TAIL_WINDOW + firsts[row], ends[row]
+            column, alive = columns[row], live[row]
+            for lane in range(TAIL_LANES):
+                values[lane] = across[column[lane]] * scale if alive[lane] else np.float32(-np.inf)
             for lane in range(end):
-                values[num_lanes + lane] = scores[head, row, first + lane] * scale
-            _softmax(values[: num_lanes + end], parts)
-            scores[head, row] = 0
-            for lane in range(num_lanes):
-                if live[row, lane]:
-                    scores[head, row, columns[row, lane]] = values[lane]
+                values[TAIL_LANES + lane] = across[first + lane] * scale
+            _softmax(values, TAIL_LANES + end, parts)
+            across[:] = 0
+            for lane in range(TAIL_LANES):
+                if alive[lane]:
+                    across[column[lane]] = values[lane]
             for lane in range(end):
-                scores[head, row, first + lane] = values[num_lanes + lane]
+                across[first + lane] = values[TAIL_LANES + lane]
 
 
 @compiled
-def _softmax(values, parts):
-    """In place, over a multiple of ``len(parts)`` values. Sums are taken part by part, so that they fill vectors."""
-    count, width = len(values), len(parts)
+def _softmax(values, count, parts):
+    """In place, over ``count`` values, a multiple of _PARTS. Sums are taken part by part, so that they fill vectors."""
     parts[:] = -np.inf
-    for start in range(0, count, width):
-        for i in range(width):
-            if values[start + i] > parts[i]:
-                parts[i] = values[start + i]
+    for start in range(0, count, _PARTS):
+        for i in range(_PARTS):
+            value, part = values[start + i], parts[i]
+            parts[i] = value if value > part else part
     largest = parts.max()
     if largest == -np.inf:  # all lanes are dead or NaN
         largest = np.float32(0)
     for i in range(count):
         values[i] = exp(values[i] - largest)
     parts[:] = 0
-    for start in range(0, count, width):
-        for i in range(width):
+    for start in range(0, count, _PARTS):
+        for i in range(_PARTS):
             parts[i] += values[start + i]
     total = np.float32(0)
-    for i in range(width):
+    for i in range(_PARTS):
         total += parts[i]
     for i in range(count):
         values[i] /= total

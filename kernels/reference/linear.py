@@ -6,6 +6,7 @@ of rows, so every product runs on a number of them that was found to agree, bit 
 """
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ _ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
 }
+_onednn = torch.ops.mkldnn._linear_pointwise
 _FUSED = {None: ("none", [], ""), "gelu_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}  # names of oneDNN
 
 
@@ -56,19 +58,26 @@ class Packed:
         """In the model's dtype, whichever way it is kept here."""
         return self.numel() * self._size
 
-    def rows(self, has_bias: bool, activation: str | None) -> tuple[int, int]:
+    def rows(self, has_bias: bool, activation: str | None, has_residual: bool) -> tuple[int, int]:
         """``agreeing_rows`` of matrices such as this one."""
-        how = has_bias, activation, torch.get_num_threads()
+        how = has_bias, activation, has_residual, torch.get_num_threads()
         return agreeing_rows(self.library, self.shape, self.dtype, *how)
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """activation(x @ weight.T + bias), or residual + x @ weight.T + bias."""
+        if self.library == "onednn" and residual is not None:
+            return _onednn.binary(x, residual, self._parts[0], bias, "add")
         if self.library == "onednn":
-            return torch.ops.mkldnn._linear_pointwise.default(x, self._parts[0], bias, *_FUSED[activation])
+            return _onednn.default(x, self._parts[0], bias, *_FUSED[activation])
         if self.library == "torch":
-            return _activated(F.linear(x, self._parts[0], bias), activation)
-        sums, scale = self._parts[0](x.float()), self._parts[1]
-        y = sums.mul_(scale) if bias is None else torch.add(bias, sums, alpha=scale)
-        return _activated(y.to(self.dtype), activation)
+            y = _activated(F.linear(x, self._parts[0], bias), activation)
+        else:
+            sums, scale = self._parts[0](x.float()), self._parts[1]
+            y = sums.mul_(scale) if bias is None else torch.add(bias, sums, alpha=scale)
+            y = _activated(y.to(self.dtype), activation)
+        return y if residual is None else residual + y
 
 
 Matrix = torch.Tensor | Packed | Quantized
@@ -134,7 +143,13 @@ def agreeing_multiple(product) -> int:
 
 @functools.cache
 def agreeing_rows(
-    library: str, shape: torch.Size, dtype: torch.dtype, has_bias: bool, activation: str | None, num_threads: int
+    library: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    has_bias: bool,
+    activation: str | None,
+    has_residual: bool,
+    num_threads: int,
 ) -> tuple[int, int]:
     """Products with a matrix [M, K] have the same bits for any multiple of the first number of rows, up to ROW_BLOCK,
     and for any multiple of ROW_BLOCK up to the second number.
@@ -153,11 +168,13 @@ def agreeing_rows(
     if matrix.library != library or library == "torch":
         return ROW_BLOCK, ROW_BLOCK
     bias = torch.randn(shape[0], generator=generator).to(dtype) * 2.0**-4 if has_bias else None
-    whole, most = torch.cat([matrix.product(block, bias, activation) for block in x.split(ROW_BLOCK)]), ROW_BLOCK
+    residual = torch.randn(MAX_ROWS, shape[0], generator=generator).to(dtype) * 2.0**-4 if has_residual else None
 
-    def product(num_rows: int) -> torch.Tensor:
-        return matrix.product(x[:num_rows], bias, activation)
+    def product(num_rows: int, first: int = 0) -> torch.Tensor:
+        rows = slice(first, first + num_rows)
+        return matrix.product(x[rows], bias, activation, None if residual is None else residual[rows])
 
+    whole, most = torch.cat([product(ROW_BLOCK, first) for first in range(0, MAX_ROWS, ROW_BLOCK)]), ROW_BLOCK
     while most < MAX_ROWS and torch.equal(product(most + ROW_BLOCK), whole[: most + ROW_BLOCK]):
         most += ROW_BLOCK
     return agreeing_multiple(product), most
@@ -191,14 +208,11 @@ def layer_norm_qkv(
 ) -> torch.Tensor:
     """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
     qkv = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
-    q, k, v = qkv.view(x.shape[0], 3, *k_cache.shape[1:]).unbind(1)
-    if route.write_rows is not None:
-        k, v = k[route.write_rows], v[route.write_rows]
-    else:
-        k, v = k[: len(route.write_slots)], v[: len(route.write_slots)]
-    k_cache.index_copy_(0, route.write_slots, k)
-    v_cache.index_copy_(0, route.write_slots, v)
-    return q
+    qkv = qkv.view(x.shape[0], 3, *k_cache.shape[1:])
+    written = qkv[: route.write_slots.shape[0]] if route.write_rows is None else qkv[route.write_rows]
+    k_cache.index_copy_(0, route.write_slots, written[:, 1])
+    v_cache.index_copy_(0, route.write_slots, written[:, 2])
+    return qkv[:, 0]
 
 
 def linear_residual(
@@ -209,7 +223,7 @@ def linear_residual(
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
 ) -> torch.Tensor:
     """residual + x @ weight.T + bias -> [N, M]."""
-    return with_moments(residual + linear(x, weight, bias), moments)
+    return with_moments(linear(x, weight, bias, residual=residual), moments)
 
 
 def lm_head(
@@ -236,30 +250,47 @@ def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> tor
     return None
 
 
-def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
-    """activation(x @ weight.T + bias), in products of rows that agree, padded with zeros where rows lack."""
-    elements = weight.values if isinstance(weight, Quantized) else weight
+def linear(
+    x: torch.Tensor,
+    weight: Matrix,
+    bias: torch.Tensor | None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """activation(x @ weight.T + bias), or residual + x @ weight.T + bias, in products of rows that agree, padded with
+    zeros where rows lack."""
+    bare = isinstance(weight, Quantized)  # scales, bias and what follows are not the product's own
+    elements = weight.values if bare else weight
     multiple = most = ROW_BLOCK
     if isinstance(elements, Packed):
-        own = (False, None) if isinstance(weight, Quantized) else (bias is not None, activation)
-        multiple, most = elements.rows(*own)
+        how = (False, None, False) if bare else (bias is not None, activation, residual is not None)
+        multiple, most = elements.rows(*how)
     num_rows = x.shape[0]
     missing = -num_rows % (multiple if num_rows <= ROW_BLOCK else ROW_BLOCK)
     if missing:
         x = F.pad(x, (0, 0, 0, missing))
-    if len(x) <= most:
-        y = _product(x, weight, bias, activation)
+        residual = None if residual is None else F.pad(residual, (0, 0, 0, missing))
+    if num_rows + missing <= most:
+        y = _product(x, weight, bias, activation, residual)
     else:
-        y = torch.cat([_product(block, weight, bias, activation) for block in x.split(most)])
-    return y if len(y) == num_rows else y[:num_rows]
+        left = itertools.repeat(None) if residual is None else residual.split(most)
+        parts = zip(x.split(most), left, strict=False)
+        y = torch.cat([_product(block, weight, bias, activation, some) for block, some in parts])
+    return y[:num_rows] if missing else y
 
 
-def _product(block: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, activation: str | None):
-    if isinstance(weight, Quantized):
-        return _activated(_quantized_product(block, weight, bias), activation)
+def _product(
+    block: torch.Tensor,
+    weight: Matrix,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
     if isinstance(weight, Packed):
-        return weight.product(block, bias, activation)
-    return _activated(F.linear(block, weight, bias), activation)
+        return weight.product(block, bias, activation, residual)
+    y = _quantized_product(block, weight, bias) if isinstance(weight, Quantized) else F.linear(block, weight, bias)
+    y = _activated(y, activation)
+    return y if residual is None else residual + y
 
 
 def _quantized_product(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> torch.Tensor:
