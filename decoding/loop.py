@@ -11,8 +11,6 @@ the next iteration is under way already (``decoding.pipeline``).
 import math
 import time
 
-import torch
-
 from decoding.config import Limits, SpeculationConfig
 from decoding.execution import Eager, Execution
 from decoding.stages import Stage, State, begin_all
@@ -59,7 +57,6 @@ class Generation:
         """How the lower stages draw."""
         return self.sampling if self.config.shared_noise else self.sampling._replace(noise=False)
 
-    @torch.inference_mode()
     def iterate(self) -> None:
         """One iteration: the lower stages propose, the oracle verifies, all of them commit."""
         tree, progress, chain = self.state

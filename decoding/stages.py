@@ -6,7 +6,7 @@ that stay where the operations run; nothing here reads one.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -172,8 +172,7 @@ class KatzStage(_Counters):
         if verdict.log_probs is not None:
             start = time.perf_counter()
             tree, progress, _ = state
-            columns = (verdict.nodes, verdict.children, verdict.log_probs)
-            for nodes, *drawn in zip(*(column.split(MAX_ROWS) for column in columns), strict=True):  # in their order
+            for nodes, *drawn in _parts(verdict.nodes, verdict.children, verdict.log_probs):  # in their order
                 self.ops.learn(self.recent, tree, nodes, progress, *drawn, level)
             self._add_work(0, 0, start)
 
@@ -240,29 +239,27 @@ class GPT2Stage(_Counters):
         rows = ops.stage_rows(tree, nodes, progress, chain, self._cache_index, reach, self._num_head, room)
         self._num_head = 0
         hidden, num_passes = self._forward(rows, chain, progress)
-        hidden = hidden[rows.row_of.to(model.device)]
-        tile_maxima = ops.new_tile_maxima(len(hidden), self.vocab_size, hidden.device)
+        row_of, positions = _on(model.device, rows.row_of, rows.draw_positions)
+        hidden = hidden[row_of]
+        tile_maxima = ops.new_tile_maxima(hidden.shape[0], self.vocab_size, hidden.device)
         logits = model.logits(hidden, tile_maxima)
-        positions = rows.draw_positions.to(model.device)
         width, log_probs = min(num_children, self.vocab_size), None
         if width and index > 0:  # there are stages below, and they learn from it
-            log_probs = logits.new_empty(len(hidden), width, dtype=torch.float32)
+            log_probs = logits.new_empty(hidden.shape[0], width, dtype=torch.float32)
         sampling = sampling.to(ops.state_device(model.device))
         drawn = ops.draw(logits, positions, sampling, num_children, tau, tile_maxima, child_log_probs=log_probs)
-        home = tree.tokens.device
-        drawn = [part.to(home) for part in drawn]
-        self._add_work(num_passes, len(rows.tokens), start)
-        return Scored(rows.nodes, *drawn, None if log_probs is None else log_probs.to(home))
+        self._add_work(num_passes, rows.tokens.shape[0], start)
+        return Scored(rows.nodes, *_on(tree.tokens.device, *drawn, log_probs))
 
     def _forward(self, rows, chain: Chain, progress: Progress) -> tuple[torch.Tensor, int]:
         """Last hidden states of all rows, [R, C], and the number of passes; many rows go in several, parents first."""
         index, device = self._cache_index, self.model.device
         columns = (rows.tokens, rows.positions, torch.zeros_like(rows.tokens), rows.slot_mapping, rows.paths)
         shared = (chain.node_slots[index], chain.page_tables[index : index + 1], progress.length)
-        node_slots, page_table, committed = (column.to(device) for column in shared)
-        parts = []
-        for part in zip(*(column.to(device).split(MAX_ROWS) for column in columns), strict=True):
-            parts.append(self.model.forward(Query(*part, node_slots), self.cache, page_table, committed))
+        node_slots, *where = _on(device, *shared)
+        parts = [
+            self.model.forward(Query(*part, node_slots), self.cache, *where) for part in _parts(*_on(device, *columns))
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts), len(parts)
 
     def learn(self, state, verdict, level):
@@ -270,6 +267,20 @@ class GPT2Stage(_Counters):
 
     def end(self) -> None:
         self.cache.reset()
+
+
+def _on(device: torch.device, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """``tensors``, which lie in one place, on ``device``: what the stages share need not be where a model runs."""
+    if tensors[0].device == device:
+        return tensors
+    return tuple(tensor if tensor is None else tensor.to(device) for tensor in tensors)
+
+
+def _parts(*columns: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """``columns`` cut to at most MAX_ROWS rows."""
+    if columns[0].shape[0] <= MAX_ROWS:
+        return [columns]
+    return zip(*(column.split(MAX_ROWS) for column in columns), strict=True)
 
 
 def begin_all(

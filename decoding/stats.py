@@ -1,5 +1,6 @@
 """What a generation did, counted on committed tokens only: drafts beyond an eos or a stop string do not count."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +17,11 @@ class Work(NamedTuple):
 
 @dataclass
 class Iteration:
-    """One oracle pass. ``sources[i]`` is the stage of the i-th emitted token, the oracle's index for its own token;
-    ``tried[i]`` holds the stages that had proposed a continuation where that token was drawn."""
+    """One oracle pass. ``sources[i]`` is the stage of the i-th emitted token, the oracle's index for its own token; bit
+    j of ``tried[i]``: stage j had proposed a continuation where that token was drawn."""
 
     proposed: list[int]  # nodes of the oracle's pass per lower stage
-    tried: list[frozenset[int]]
+    tried: list[int]
     sources: list[int]
 
 
@@ -35,11 +36,10 @@ class Statistics:
     def record(self, record: list[int]) -> list[int]:
         """Count one iteration from its record (``kernels.layout.Record``); returns the tokens it emitted."""
         count, oracle = record[Record.EMITTED], len(self.names) - 1
-        tried = record[Record.TRIED : Record.TRIED + count]
         self.iterations.append(
             Iteration(
                 proposed=record[Record.PROPOSED : Record.PROPOSED + oracle],
-                tried=[frozenset(i for i in range(oracle) if mask >> i & 1) for mask in tried],
+                tried=record[Record.TRIED : Record.TRIED + count],
                 sources=record[Record.SOURCES : Record.SOURCES + count],
             )
         )
@@ -75,7 +75,7 @@ class Statistics:
         for index, stage in enumerate(stages):
             per_stage[stage.name] = {"passes": stage.passes}
             if index < len(stages) - 1:
-                per_stage[stage.name] |= self._acceptance(frozenset({index}))
+                per_stage[stage.name] |= self._acceptance([index])
         seconds = {"total": self.seconds}
         if self.execution == "eager":
             seconds |= {stage.name: stage.seconds for stage in stages}
@@ -83,7 +83,7 @@ class Statistics:
         return {
             "stages": per_stage,
             "mean_acceptance_length": num_tokens / max(1, stages[-1].passes),
-            **self._acceptance(frozenset(range(len(stages) - 1))),
+            **self._acceptance(range(len(stages) - 1)),
             "tokens_per_second": num_tokens / self.seconds if self.seconds else 0.0,
             "iteration": self.execution,
             "seconds": seconds,
@@ -91,13 +91,13 @@ class Statistics:
             "bytes_per_token": sum(stage.bytes_moved for stage in stages) / max(1, num_tokens),
         }
 
-    def _acceptance(self, indices: frozenset[int]) -> dict:
+    def _acceptance(self, indices: Sequence[int]) -> dict:
         """What the oracle's trees got from the stages ``indices``, in total and per position of an iteration."""
         depth = max((len(iteration.sources) for iteration in self.iterations), default=0)
         tried, accepted = [0] * depth, [0] * depth
         for iteration in self.iterations:
-            for i, (stages, source) in enumerate(zip(iteration.tried, iteration.sources, strict=True)):
-                tried[i] += bool(stages & indices)
+            for i, (mask, source) in enumerate(zip(iteration.tried, iteration.sources, strict=True)):
+                tried[i] += any(mask >> index & 1 for index in indices)
                 accepted[i] += source in indices
         return {
             "proposed": sum(iteration.proposed[index] for iteration in self.iterations for index in indices),

@@ -193,4 +193,5 @@ class Sampling(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Sampling":
         """The same rule, its seed on ``device``."""
-        return self._replace(seed=self.seed.to(device))
+        seed = self.seed.to(device)
+        return self if seed is self.seed else self._replace(seed=seed)

@@ -29,6 +29,7 @@ class GPT2:
     def __init__(self, config: GPT2Config, weights: GPT2Weights, ops: ModuleType):
         self.config, self.weights, self.ops = config, weights.map_matrices(ops.packed), ops
         self.dtype, self.device = weights.wte.dtype, weights.wte.device
+        self._scales = [config.attention_scale(i) for i in range(config.n_layer)]
 
     def new_cache(self, num_pages: int, page_size: int = 1, num_sequences: int = 1) -> PagedKVCache:
         """An empty cache for this model with ``num_pages`` usable pages of ``page_size`` tokens."""
@@ -45,7 +46,6 @@ class GPT2:
             self.device,
         )
 
-    @torch.inference_mode()
     def forward(
         self,
         query: Query,
@@ -71,25 +71,24 @@ class GPT2:
             query.node_slots,
             query.slot_mapping,
         )
-        eps = config.layer_norm_epsilon
-        moments = ops.new_moments(len(query.tokens), config.n_embd, self.device)  # of x, for layer norms
+        num_rows, eps = query.tokens.shape[0], config.layer_norm_epsilon
+        moments = ops.new_moments(num_rows, config.n_embd, self.device)  # of x, for layer norms
         x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe, moments)
         x = ops.pad_rows(x)  # [N or a few more, C]
-        for i, (layer, (k, v)) in enumerate(zip(weights.layers, cache.layers, strict=True)):
+        for layer, (k, v), scale in zip(weights.layers, cache.layers, self._scales, strict=True):
             q = ops.layer_norm_qkv(
                 *(x, layer.ln_1_weight, layer.ln_1_bias, eps, layer.c_attn_weight, layer.c_attn_bias),
                 *(k, v, route, moments),
             )
-            mixed = ops.tree_attention(q, k, v, route, config.attention_scale(i))
+            mixed = ops.tree_attention(q, k, v, route, scale)
             x = ops.linear_residual(mixed, layer.attn_c_proj_weight, layer.attn_c_proj_bias, x, moments)
             h = ops.layer_norm_linear(
                 *(x, layer.ln_2_weight, layer.ln_2_bias, eps, layer.c_fc_weight, layer.c_fc_bias),
                 *(config.activation, moments),
             )
             x = ops.linear_residual(h, layer.mlp_c_proj_weight, layer.mlp_c_proj_bias, x, moments)
-        return x[: len(query.tokens)]
+        return x[:num_rows]
 
-    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, tile_maxima: torch.Tensor | None = None) -> torch.Tensor:
         """Next-token logits [N, V] of hidden states [N, C], in the model's dtype; ``tile_maxima`` as in ``lm_head``."""
         weights = self.weights
@@ -118,6 +117,7 @@ class GPT2:
             node_slots=torch.zeros(1, **put),
         )
 
+    @torch.inference_mode()
     def prefill(
         self, tokens: list[int], cache: PagedKVCache, sequence: int = 0, chunk: int | None = None
     ) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kernels.reference.compiled as compiled_module
+from kernels.layout import Sampling
 from kernels.reference import draw, exponential, sampling
 from kernels.reference.noise import keyed_noise
 from tests.laws import GREEDY, clear_rows, sampled
@@ -126,3 +127,21 @@ def test_machine_code_of_other_sources_is_dropped(tmp_path):
     (tmp_path / "sources.sha256").write_text("of another day")
     forget(tmp_path)
     assert not code[0].exists()
+
+
+def test_numpy_views_of_a_structure_are_kept_by_identity():
+    """They share its memory, other members stay; equal tensors in another structure are others; few are kept."""
+
+    def structure(number: float) -> Sampling:
+        return Sampling(False, torch.full((2,), number), 1.0, 0, 1.0, 0.0)
+
+    first, second = structure(1.0), structure(1.0)
+    views = compiled_module.in_numpy(first)
+    assert isinstance(views, Sampling) and views[2:] == first[2:]
+    assert compiled_module.in_numpy(first) is views and compiled_module.in_numpy(second) is not views
+    first.seed.fill_(7.0)
+    assert views.seed.tolist() == [7.0, 7.0] and compiled_module.in_numpy(second).seed.tolist() == [1.0, 1.0]
+    for number in range(1000):  # of which most are gone, and others stand where they stood
+        assert compiled_module.in_numpy(structure(number)).seed.tolist() == [number, number]
+    assert len(compiled_module._views) <= 16
+    assert compiled_module.in_numpy(first).seed.tolist() == [7.0, 7.0]

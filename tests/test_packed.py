@@ -103,7 +103,7 @@ def test_products_take_no_more_rows_than_agree(num_rows, has_residual, halves, m
     and each row's residual goes with it."""
     weight, x, asked = Packed(halves), torch.randn(num_rows, 128), []
     product = weight.product
-    monkeypatch.setattr(weight, "rows", lambda *how: (ROW_MULTIPLE, 48))
+    monkeypatch.setattr(linear, "agreeing_rows", lambda *how: (ROW_MULTIPLE, 48))
     monkeypatch.setattr(weight, "product", lambda block, *how: asked.append(len(block)) or product(block, *how))
     residual = torch.randn(num_rows, len(halves)) if has_residual else None
     y = linear.linear(x, weight, None, residual=residual)

@@ -287,6 +287,6 @@ def test_statistics_of_a_record():
     assert stats.token_stages == ["draft2", "draft", "draft", "oracle", "oracle"]
     first, second = stats.iterations
     assert first.proposed == second.proposed == [3, 3]
-    assert first.tried == [frozenset({0}), frozenset({1}), frozenset({1}), frozenset()]
-    assert second.tried == [frozenset({0})]
+    assert first.tried == [0b01, 0b10, 0b10, 0b00]
+    assert second.tried == [0b01]
     assert first.sources == [0, 1, 1, 2] and second.sources == [2]

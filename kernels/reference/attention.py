@@ -76,8 +76,8 @@ def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int, 
         where, slots = torch.from_numpy(slots), np.arange(len(slots))
         q, k_cache, v_cache = q.float(), k_cache.index_select(0, where).float(), v_cache.index_select(0, where).float()
     integers, shift = (torch.int16, np.int32(16)) if q.dtype == torch.bfloat16 else (torch.int32, np.int32(0))
-    bits = [tensor.view(integers).numpy() for tensor in (q, k_cache, v_cache)]
-    _gather(*bits, slots, shift, *space.gathered)
+    caches = k_cache.view(integers).numpy(), v_cache.view(integers).numpy()
+    _gather(q.view(integers).numpy(), *caches, slots, shift, *space.gathered)
     if len(space.keys) == 1:
         torch.bmm(space.by_head, space.keys[0], out=space.scores)
     else:

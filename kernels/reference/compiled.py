@@ -8,7 +8,7 @@ changes, but not when another one does whose loops or structures it uses. So all
 import hashlib
 import logging
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ except ImportError as error:
     njit = None
 
 COMPILES = njit is not None
+_MOST_VIEWS = 16
 
 
 def compiled(loop: Callable) -> Callable:
@@ -55,9 +56,16 @@ def _forget_what_is_stale(folder: Path) -> None:
         pass
 
 
-@lru_cache(maxsize=16)  # it keeps what it has seen last alive
-def in_numpy(columns: NamedTuple) -> Any:
-    """The same structure over numpy views of its tensors, which must lie on the host; other members stay.
+_views: dict[int, tuple[NamedTuple, Any]] = {}  # by the identity of the structure, which it keeps alive; oldest first
 
-    Looked up by the tensors themselves, which are not resized."""
-    return type(columns)(*(column.numpy() if isinstance(column, torch.Tensor) else column for column in columns))
+
+def in_numpy(columns: NamedTuple) -> Any:
+    """The same structure over numpy views of its tensors, which must lie on the host and are not resized; other members
+    stay. The views of the last few structures are kept."""
+    kept = _views.get(id(columns))
+    if kept is None:
+        views = type(columns)(*(part.numpy() if isinstance(part, torch.Tensor) else part for part in columns))
+        kept = _views[id(columns)] = columns, views
+        while len(_views) > _MOST_VIEWS:
+            _views.pop(next(iter(_views)), None)
+    return kept[1]

@@ -58,11 +58,6 @@ class Packed:
         """In the model's dtype, whichever way it is kept here."""
         return self.numel() * self._size
 
-    def rows(self, has_bias: bool, activation: str | None, has_residual: bool) -> tuple[int, int]:
-        """``agreeing_rows`` of matrices such as this one."""
-        how = has_bias, activation, has_residual, torch.get_num_threads()
-        return agreeing_rows(self.library, self.shape, self.dtype, *how)
-
     def product(
         self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -101,7 +96,8 @@ def cheap_rows(device: torch.device, dtype: torch.dtype) -> int:
 
 def pad_rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` [N, C] with rows of zeros below, as products want them where few rows agree, so that none pads it again."""
-    return F.pad(x, (0, 0, 0, -len(x) % (ROW_MULTIPLE if len(x) <= ROW_BLOCK else ROW_BLOCK)))
+    missing = -x.shape[0] % (ROW_MULTIPLE if x.shape[0] <= ROW_BLOCK else ROW_BLOCK)
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def matrices_are_native(dtype: torch.dtype) -> bool:
@@ -223,7 +219,8 @@ def linear_residual(
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
 ) -> torch.Tensor:
     """residual + x @ weight.T + bias -> [N, M]."""
-    return with_moments(linear(x, weight, bias, residual=residual), moments)
+    y = linear(x, weight, bias, residual=residual)
+    return y if moments is None else with_moments(y, moments)
 
 
 def lm_head(
@@ -259,35 +256,37 @@ def linear(
 ) -> torch.Tensor:
     """activation(x @ weight.T + bias), or residual + x @ weight.T + bias, in products of rows that agree, padded with
     zeros where rows lack."""
-    bare = isinstance(weight, Quantized)  # scales, bias and what follows are not the product's own
-    elements = weight.values if bare else weight
     multiple = most = ROW_BLOCK
-    if isinstance(elements, Packed):
-        how = (False, None, False) if bare else (bias is not None, activation, residual is not None)
-        multiple, most = elements.rows(*how)
+    if isinstance(weight, Packed):
+        product, how = weight.product, (bias is not None, activation, residual is not None)
+        multiple, most = agreeing_rows(weight.library, weight.shape, weight.dtype, *how, torch.get_num_threads())
+    else:
+        product = functools.partial(_other_product, weight)
+        if isinstance(weight, Quantized) and isinstance(weight.values, Packed):
+            values, how = weight.values, (False, None, False)
+            multiple, most = agreeing_rows(values.library, values.shape, values.dtype, *how, torch.get_num_threads())
     num_rows = x.shape[0]
     missing = -num_rows % (multiple if num_rows <= ROW_BLOCK else ROW_BLOCK)
     if missing:
         x = F.pad(x, (0, 0, 0, missing))
         residual = None if residual is None else F.pad(residual, (0, 0, 0, missing))
     if num_rows + missing <= most:
-        y = _product(x, weight, bias, activation, residual)
+        y = product(x, bias, activation, residual)
     else:
         left = itertools.repeat(None) if residual is None else residual.split(most)
         parts = zip(x.split(most), left, strict=False)
-        y = torch.cat([_product(block, weight, bias, activation, some) for block, some in parts])
+        y = torch.cat([product(block, bias, activation, some) for block, some in parts])
     return y[:num_rows] if missing else y
 
 
-def _product(
+def _other_product(
+    weight: torch.Tensor | Quantized,
     block: torch.Tensor,
-    weight: Matrix,
     bias: torch.Tensor | None,
     activation: str | None,
-    residual: torch.Tensor | None = None,
+    residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    if isinstance(weight, Packed):
-        return weight.product(block, bias, activation, residual)
+    """``Packed.product`` of what is not packed, or not that alone."""
     y = _quantized_product(block, weight, bias) if isinstance(weight, Quantized) else F.linear(block, weight, bias)
     y = _activated(y, activation)
     return y if residual is None else residual + y
@@ -295,10 +294,11 @@ def _product(
 
 def _quantized_product(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> torch.Tensor:
     """Sums of x times the integers, times the scales, plus the bias: each in float32 or wider, rounded to x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    values = weight.values if isinstance(weight.values, Packed) else weight.values.to(wide)
-    y = _product(x.to(wide), values, None, None) * weight.scales
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    values, x = weight.values, x.to(wide)
+    sums = values.product(x, None, None) if isinstance(values, Packed) else F.linear(x, values.to(wide))
+    y = sums * weight.scales
+    return (y if bias is None else y.add_(bias)).to(dtype)
 
 
 def _activated(x: torch.Tensor, activation: str | None) -> torch.Tensor:

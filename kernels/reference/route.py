@@ -72,7 +72,7 @@ def route(
     """Resolve positions and paths to slots, once per pass, for ``layer_norm_qkv`` and ``tree_attention``."""
     device = positions.device
     arguments = (page_table, committed, sequences, positions, paths, node_slots, slot_mapping)
-    page_table, committed, sequences, positions, paths, node_slots, slot_mapping = map(_on_host, arguments)
+    page_table, committed, sequences, positions, paths, node_slots, slot_mapping = _on_host(*arguments)
     ends = shared_end(positions)
     tails = _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots, TAIL_LANES)
     blocks, start = [], 0
@@ -104,7 +104,7 @@ def path_slots(page_table, page_size, committed, sequences, positions, paths, no
     table, later ones through the row's path: position ``committed - 1 + d`` is its ancestor at depth d.
     """
     device, arguments = positions.device, (page_table, committed, sequences, positions, paths, node_slots)
-    page_table, committed, sequences, positions, paths, node_slots = map(_on_host, arguments)
+    page_table, committed, sequences, positions, paths, node_slots = _on_host(*arguments)
     ends = shared_end(positions)
     slots = _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots, TAIL_LANES)
     return torch.from_numpy(slots).to(device)
@@ -174,5 +174,5 @@ def one_shape(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _on_host(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.cpu().numpy()
+def _on_host(*tensors: torch.Tensor) -> list[np.ndarray]:
+    return [tensor.numpy(force=True) for tensor in tensors]
