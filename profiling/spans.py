@@ -134,8 +134,9 @@ class Recorder:
 
 
 @contextmanager
-def instrumented(decoder: StagedDecoder, opener: Opener | None = None) -> Iterator[Recorder]:
-    """Stand-ins before every operation of ``decoder``, gone again afterwards."""
+def instrumented(decoder: StagedDecoder, opener: Opener | None = None, operations: bool = True) -> Iterator[Recorder]:
+    """Stand-ins before every operation of ``decoder``, gone again afterwards; without ``operations`` only the end of
+    the prefill is noted."""
     recorder = Recorder()
     stages = [*decoder.lower, decoder.oracle]
     holders = [stage.model if hasattr(stage, "model") else stage for stage in stages]
@@ -148,7 +149,7 @@ def instrumented(decoder: StagedDecoder, opener: Opener | None = None) -> Iterat
         recorder.clear()
         return lease
 
-    for stage, holder in zip(stages, holders, strict=True):
+    for stage, holder in zip(stages, holders, strict=True) if operations else ():
         holder.ops = Timed(holder.ops, stage.name, recorder.spans, opener)
         if opener is not None:  # for what a stage does between its operations
             for asked in ("score", "extend") if stage.is_table else ("score",):

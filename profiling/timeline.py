@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -39,13 +39,17 @@ SHORT = 24  # tokens of a generation that only warms up or shows the order of ke
 def measure_cpu(decoder: StagedDecoder, prompt_ids: list[list[int]], num_tokens: int, **how) -> tuple[list[Run], dict]:
     """Spans of all prompts, and the strict shares: whose code ran, and no torch operator."""
     decoder.generate(prompt_ids[0], min(SHORT, num_tokens), seed=0, **how)
-    runs, sampled = [], []
-    with instrumented(decoder) as recorder, sampling() as samples:
-        for ids in prompt_ids:
-            runs.append(generate(decoder, recorder, ids, num_tokens, **how))
+    plain, runs, facts = [], [], {}
+    with sampling() as samples:
+        for found, operations in ((plain, False), (runs, True)):  # stand-ins are Python themselves
+            with instrumented(decoder, operations=operations) as recorder:
+                sampled = []
+                for ids in prompt_ids:
+                    found.append(generate(decoder, recorder, ids, num_tokens, **how))
+                    if samples is not None:
+                        sampled.append(owners(samples.take()))
             if samples is not None:
-                sampled.append(owners(samples.take()))
-    facts = code_shares(runs, sampled) if sampled else {}
+                facts |= lane_shares(runs, sampled) if operations else code_shares(plain, sampled)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         with profiled([ProfilerActivity.CPU], path), instrumented(decoder, _only_prefill) as recorder:
@@ -55,15 +59,25 @@ def measure_cpu(decoder: StagedDecoder, prompt_ids: list[list[int]], num_tokens:
 
 
 def code_shares(runs: list[Run], sampled: list[list[tuple[float, str]]]) -> dict[str, float]:
-    """Whose code ran, as shares of all samples of the iterations, and in which lanes the interpreter did."""
-    total, found = 0, Counter()
+    """Whose code ran, as shares of all samples of the iterations."""
+    found = Counter(owner for _, _, owner in _inside(runs, sampled))
+    return {f"in: {name}": count / found.total() for name, count in found.items()}
+
+
+def lane_shares(runs: list[Run], sampled: list[list[tuple[float, str]]]) -> dict[str, float]:
+    """In which lanes the interpreter ran, as shares of all samples of the iterations."""
+    inside = list(_inside(runs, sampled))
+    lanes = (run.lane_at(seconds) for run, seconds, owner in inside if owner == INTERPRETER)
+    found = Counter(lane or "between operations" for lane in lanes)
+    return {f"in: {INTERPRETER}, {lane}": count / len(inside) for lane, count in found.items()}
+
+
+def _inside(runs: list[Run], sampled: list[list[tuple[float, str]]]) -> Iterator[tuple[Run, float, str]]:
+    """The samples of the iterations, each with its run."""
     for run, samples in zip(runs, sampled, strict=True):
         for seconds, owner in samples:
             if run.started <= seconds <= run.finished:
-                total += 1
-                found[owner] += 1
-                found[f"{INTERPRETER}, {run.lane_at(seconds) or 'between operations'}"] += owner == INTERPRETER
-    return {f"in: {name}": count / max(1, total) for name, count in found.items() if count}
+                yield run, seconds, owner
 
 
 def _only_prefill(text: str) -> AbstractContextManager:
