@@ -13,6 +13,7 @@ is idle time, inside iterations and between them. Bytes are arithmetic.
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -40,6 +41,7 @@ def measure_cpu(decoder: StagedDecoder, prompt_ids: list[list[int]], num_tokens:
     """Spans of all prompts, and the strict shares: whose code ran, and no torch operator."""
     decoder.generate(prompt_ids[0], min(SHORT, num_tokens), seed=0, **how)
     plain, runs, facts = [], [], {}
+    gc.freeze()  # else a full collection may look at all that torch has made, in one of some hundred iterations
     with sampling() as samples:
         for found, operations in ((plain, False), (runs, True)):  # stand-ins are Python themselves
             with instrumented(decoder, operations=operations) as recorder:

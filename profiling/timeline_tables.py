@@ -4,9 +4,9 @@ from decoding.config import METHODS
 
 STRICT = (
     '"In" is whose code the thread was in, of its processor time, by samples of its instruction pointer; the C library '
-    "allocates, copies and computes for any of the others. In which part the interpreter was is of a second run, with the "
-    'stand-ins that time each operation, which are Python themselves. "Outside torch operators" is measured under torch.profiler, '
-    "whose own work and numpy's count as outside: an upper bound."
+    "allocates, copies and computes for any of the others. In which part the interpreter was is of a second run, with "
+    'the stand-ins that time each operation, which are Python themselves. "Outside torch operators" is measured under '
+    "torch.profiler, whose own work and numpy's count as outside: an upper bound."
 )
 
 

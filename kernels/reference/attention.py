@@ -24,6 +24,7 @@ from kernels.reference.linear import agreeing_multiple
 from kernels.reference.route import Block, Route, one_shape
 
 MOST_COLUMNS = TAIL_WINDOW + 8 * SHARED_WINDOW  # of a product, as many as are tried: GPT-2's context
+_BITS = {torch.float32: (torch.int32, np.int32(0)), torch.bfloat16: (torch.int16, np.int32(16))}  # shifted: float32
 _PARTS = 16  # partial sums of a softmax; TAIL_LANES and what a row sees of windows are multiples of it
 
 
@@ -68,14 +69,16 @@ class _Workspace:
 
 def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int, workspaces: dict) -> torch.Tensor:
     """The rows of ``block``: float32 [N, H, D]."""
-    shape = (len(block.ends), len(block.slots), *q.shape[1:], multiple)
-    if shape not in workspaces:
-        workspaces[shape] = _Workspace(*shape)
-    space, slots = workspaces[shape], block.slots
-    if q.dtype not in (torch.float32, torch.bfloat16):
+    space, slots = workspaces.get(block), block.slots
+    if space is None:  # the first layer
+        shape = (len(block.ends), len(slots), *q.shape[1:], multiple)
+        if shape not in workspaces:
+            workspaces[shape] = _Workspace(*shape)
+        space = workspaces[block] = workspaces[shape]
+    if q.dtype not in _BITS:
         where, slots = torch.from_numpy(slots), np.arange(len(slots))
         q, k_cache, v_cache = q.float(), k_cache.index_select(0, where).float(), v_cache.index_select(0, where).float()
-    integers, shift = (torch.int16, np.int32(16)) if q.dtype == torch.bfloat16 else (torch.int32, np.int32(0))
+    integers, shift = _BITS[q.dtype]
     caches = k_cache.view(integers).numpy(), v_cache.view(integers).numpy()
     _gather(q.view(integers).numpy(), *caches, slots, shift, *space.gathered)
     if len(space.keys) == 1:

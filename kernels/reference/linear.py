@@ -204,11 +204,14 @@ def layer_norm_qkv(
 ) -> torch.Tensor:
     """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
     qkv = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
-    qkv = qkv.view(x.shape[0], 3, *k_cache.shape[1:])
-    written = qkv[: route.write_slots.shape[0]] if route.write_rows is None else qkv[route.write_rows]
-    k_cache.index_copy_(0, route.write_slots, written[:, 1])
-    v_cache.index_copy_(0, route.write_slots, written[:, 2])
-    return qkv[:, 0]
+    q, k, v = qkv.view(x.shape[0], 3, *k_cache.shape[1:]).unbind(1)
+    if route.write_rows is not None:
+        k, v = k[route.write_rows], v[route.write_rows]
+    elif len(route.write_slots) < x.shape[0]:
+        k, v = k[: len(route.write_slots)], v[: len(route.write_slots)]
+    k_cache.index_copy_(0, route.write_slots, k)
+    v_cache.index_copy_(0, route.write_slots, v)
+    return q
 
 
 def linear_residual(
