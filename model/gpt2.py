@@ -117,7 +117,6 @@ class GPT2:
             node_slots=torch.zeros(1, **put),
         )
 
-    @torch.inference_mode()
     def prefill(
         self, tokens: list[int], cache: PagedKVCache, sequence: int = 0, chunk: int | None = None
     ) -> torch.Tensor:
@@ -127,8 +126,9 @@ class GPT2:
         tiles a position gets depends on its distance to the end alone, and prompts may share K/V up to such a border.
         """
         hidden = self.weights.wte.new_empty(len(tokens), self.config.n_embd)
-        for part in self.parts(len(tokens), chunk):
-            hidden[part] = self.append(tokens[part], cache, sequence)
+        with torch.inference_mode():
+            for part in self.parts(len(tokens), chunk):
+                hidden[part] = self.append(tokens[part], cache, sequence)
         return hidden
 
     def parts(self, num_tokens: int, chunk: int | None = None) -> Iterator[slice]:

@@ -41,8 +41,7 @@ def measure_cpu(decoder: StagedDecoder, prompt_ids: list[list[int]], num_tokens:
     """Spans of all prompts, and the strict shares: whose code ran, and no torch operator."""
     decoder.generate(prompt_ids[0], min(SHORT, num_tokens), seed=0, **how)
     plain, runs, facts = [], [], {}
-    gc.freeze()  # else a full collection may look at all that torch has made, in one of some hundred iterations
-    with sampling() as samples:
+    with sampling() as samples, frozen():
         for found, operations in ((plain, False), (runs, True)):  # stand-ins are Python themselves
             with instrumented(decoder, operations=operations) as recorder:
                 sampled = []
@@ -51,7 +50,7 @@ def measure_cpu(decoder: StagedDecoder, prompt_ids: list[list[int]], num_tokens:
                     if samples is not None:
                         sampled.append(owners(samples.take()))
             if samples is not None:
-                facts |= lane_shares(runs, sampled) if operations else code_shares(plain, sampled)
+                facts |= lane_shares(runs, sampled, facts) if operations else code_shares(plain, sampled)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         with profiled([ProfilerActivity.CPU], path), instrumented(decoder, _only_prefill) as recorder:
@@ -66,12 +65,11 @@ def code_shares(runs: list[Run], sampled: list[list[tuple[float, str]]]) -> dict
     return {f"in: {name}": count / found.total() for name, count in found.items()}
 
 
-def lane_shares(runs: list[Run], sampled: list[list[tuple[float, str]]]) -> dict[str, float]:
-    """In which lanes the interpreter ran, as shares of all samples of the iterations."""
-    inside = list(_inside(runs, sampled))
-    lanes = (run.lane_at(seconds) for run, seconds, owner in inside if owner == INTERPRETER)
-    found = Counter(lane or "between operations" for lane in lanes)
-    return {f"in: {INTERPRETER}, {lane}": count / len(inside) for lane, count in found.items()}
+def lane_shares(runs: list[Run], sampled: list[list[tuple[float, str]]], shares: dict[str, float]) -> dict[str, float]:
+    """The interpreter's share among ``shares``, split as the samples of these runs lie in lanes."""
+    lanes = (run.lane_at(seconds) for run, seconds, owner in _inside(runs, sampled) if owner == INTERPRETER)
+    found, whole = Counter(lane or "between operations" for lane in lanes), f"in: {INTERPRETER}"
+    return {f"{whole}, {lane}": shares.get(whole, 0.0) * count / found.total() for lane, count in found.items()}
 
 
 def _inside(runs: list[Run], sampled: list[list[tuple[float, str]]]) -> Iterator[tuple[Run, float, str]]:
@@ -80,6 +78,17 @@ def _inside(runs: list[Run], sampled: list[list[tuple[float, str]]]) -> Iterator
         for seconds, owner in samples:
             if run.started <= seconds <= run.finished:
                 yield run, seconds, owner
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Garbage collection passes over all that torch has made: it would, once in some hundred iterations."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _only_prefill(text: str) -> AbstractContextManager:

@@ -2,12 +2,12 @@
 
 from decoding.config import METHODS
 
-STRICT = (
-    '"In" is whose code the thread was in, of its processor time, by samples of its instruction pointer; the C library '
-    "allocates, copies and computes for any of the others. In which part the interpreter was is of a second run, with "
-    'the stand-ins that time each operation, which are Python themselves. "Outside torch operators" is measured under '
-    "torch.profiler, whose own work and numpy's count as outside: an upper bound."
-)
+STRICT = """\
+"In" is whose code the thread was in, of its processor time, by samples of its instruction pointer; the C library \
+allocates, copies and computes for any of the others; full garbage collections, one in some hundred iterations, are \
+kept out. The interpreter's share is split by a second run, with the stand-ins that time each operation, which are \
+Python themselves. "Outside torch operators" is measured under torch.profiler, whose own work and numpy's count as \
+outside: an upper bound."""
 
 
 def markdown(document: dict[str, list[dict]], conditions: str, charts: dict[str, str]) -> str:

@@ -77,13 +77,16 @@ def test_rows_are_padded_once_a_pass(rows, padded_to):
     ("spoilt", "found"),
     [(None, (4, 128)), (range(5, 16), (16, 128)), (range(33, 129), (4, 32)), (range(64, 65), (4, 48))],
 )
-def test_how_many_rows_agree_is_found_out(spoilt, found, monkeypatch):
-    """A product that rounds otherwise for some numbers of rows; one by a library without a promise is not tried."""
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_how_many_rows_agree_is_found_out(has_residual, spoilt, found, monkeypatch):
+    """A product that rounds otherwise for some numbers of rows, with a residual or without one; one by a library
+    without a promise is not tried."""
 
     class Spoilt(Packed):
         def product(self, x, bias, activation, residual=None):
-            y = F.linear(x.double(), self.weight).float()
-            return y * (1 + 1e-6) if spoilt is not None and len(x) in spoilt else y
+            y = F.linear(x.double(), self.weight).float() + (0 if residual is None else residual)
+            is_spoilt = spoilt is not None and len(x) in spoilt and has_residual == (residual is not None)
+            return y * (1 + 1e-6) if is_spoilt else y
 
         def __init__(self, weight):
             super().__init__(weight)
@@ -91,9 +94,14 @@ def test_how_many_rows_agree_is_found_out(spoilt, found, monkeypatch):
 
     monkeypatch.setattr(linear, "Packed", Spoilt)
     library = Packed(torch.randn(8, 64)).library
-    tried = (torch.Size([48, 64]), torch.float32, False, None, False, 1)
-    assert linear.agreeing_rows.__wrapped__(library, *tried) == found
-    assert linear.agreeing_rows.__wrapped__("torch", *tried) == (ROW_BLOCK, ROW_BLOCK)
+
+    def agreeing(library: str, has_residual: bool) -> tuple[int, int]:
+        return linear.agreeing_rows.__wrapped__(
+            library, torch.Size([48, 64]), torch.float32, False, None, has_residual, 1
+        )
+
+    assert agreeing(library, has_residual) == found and agreeing(library, not has_residual) == (4, 128)
+    assert agreeing("torch", has_residual) == (ROW_BLOCK, ROW_BLOCK)
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
@@ -105,7 +113,7 @@ def test_products_take_no_more_rows_than_agree(num_rows, has_residual, halves, m
     product = weight.product
     monkeypatch.setattr(linear, "agreeing_rows", lambda *how: (ROW_MULTIPLE, 48))
     monkeypatch.setattr(weight, "product", lambda block, *how: asked.append(len(block)) or product(block, *how))
-    residual = torch.randn(num_rows, len(halves)) if has_residual else None
+    residual = torch.randn(num_rows, len(halves)) * 2.0**-20 if has_residual else None
     y = linear.linear(x, weight, None, residual=residual)
     wanted = F.linear(x, halves) + (residual if has_residual else 0)
     torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-9)
@@ -113,25 +121,33 @@ def test_products_take_no_more_rows_than_agree(num_rows, has_residual, halves, m
     assert all(rows <= 48 and not rows % (ROW_MULTIPLE if num_rows <= ROW_BLOCK else ROW_BLOCK) for rows in asked)
 
 
-@pytest.mark.parametrize("library", ["fbgemm", "onednn", "torch", "int8"])
+@pytest.mark.parametrize(
+    ("library", "dtype"),
+    [
+        ("fbgemm", torch.float32),
+        ("int8", torch.float32),
+        ("onednn", torch.float32),
+        ("onednn", torch.bfloat16),
+        ("torch", torch.float64),
+    ],
+)
 @pytest.mark.parametrize("num_rows", [1, 7, 37])
-def test_a_residual_is_added(num_rows, library):
-    """By every library, to a row alone as to the same row among others."""
+def test_a_residual_is_added(num_rows, library, dtype):
+    """By every library, and the last row has the bits that it has alone."""
     weight = torch.randint(-127, 128, (96, 64)).float()
     weight[:, 0] = 127.0  # integers of 8 bits as they are
     if library in ("onednn", "torch"):
         weight = weight / 3.0  # of more than 16 bits
-    if library == "torch":
-        weight = weight.double()
-    matrix = quantize_matrix(weight) if library == "int8" else Packed(weight)
+    weight = weight.to(dtype)
+    matrix = reference.packed(quantize_matrix(weight) if library == "int8" else weight)
     if isinstance(matrix, Packed) and matrix.library != library:
         pytest.skip(f"this processor's products are by {matrix.library}")
-    shapes = (num_rows, 64), (num_rows, 96), (96,)
-    x, residual, bias = (torch.randint(-9, 10, shape).to(weight.dtype) for shape in shapes)
-    y = reference.linear_residual(x, reference.packed(matrix), bias, residual)
-    torch.testing.assert_close(y, residual + x @ weight.T + bias, rtol=1e-5, atol=1e-2)
-    one = slice(num_rows - 1, num_rows)
-    assert torch.equal(reference.linear_residual(x[one], reference.packed(matrix), bias, residual[one])[0], y[-1])
+    x, residual, bias = torch.randn(num_rows, 64), 500 * torch.randn(num_rows, 96), 500 * torch.randn(96)
+    x, residual, bias = x.to(dtype), residual.to(dtype), bias.to(dtype)
+    y = reference.linear_residual(x, matrix, bias, residual)
+    wanted = residual.double() + x.double() @ weight.double().T + bias.double()
+    assert (y.double() - wanted).abs().max() < 8 * torch.finfo(dtype).eps * wanted.abs().max()
+    assert torch.equal(reference.linear_residual(x[-1:], matrix, bias, residual[-1:])[0], y[-1])
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,13 @@ def tree_attention(
     if not one_shape(q.device):
         multiple, agree = agreeing(heads, dim, torch.get_num_threads())
     attend = _by_columns if agree and COMPILES else _by_rows
-    mixed = q.new_empty(q.shape[0], heads, dim)
+    mixed, end = q.new_empty(q.shape[0], heads, dim), 0
     for block in route.blocks:
         of_block = attend(q[block.rows], k_cache, v_cache, block, scale, multiple, route.workspaces)
         mixed[block.rows].copy_(of_block)
-    if block.rows.stop < mixed.shape[0]:
-        mixed[block.rows.stop :] = 0
+        end = block.rows.stop
+    if end < mixed.shape[0]:
+        mixed[end:] = 0
     return mixed.view(-1, heads * dim)
 
 
@@ -69,12 +70,12 @@ class _Workspace:
 
 def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int, workspaces: dict) -> torch.Tensor:
     """The rows of ``block``: float32 [N, H, D]."""
-    space, slots = workspaces.get(block), block.slots
-    if space is None:  # the first layer
+    space, slots = workspaces.get((block, multiple)), block.slots
+    if space is None:
         shape = (len(block.ends), len(slots), *q.shape[1:], multiple)
         if shape not in workspaces:
             workspaces[shape] = _Workspace(*shape)
-        space = workspaces[block] = workspaces[shape]
+        space = workspaces[block, multiple] = workspaces[shape]
     if q.dtype not in _BITS:
         where, slots = torch.from_numpy(slots), np.arange(len(slots))
         q, k_cache, v_cache = q.float(), k_cache.index_select(0, where).float(), v_cache.index_select(0, where).float()

@@ -7,6 +7,7 @@ changes, but not when another one does whose loops or structures it uses. So all
 
 import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -56,7 +57,7 @@ def _forget_what_is_stale(folder: Path) -> None:
         pass
 
 
-_views: dict[int, tuple[NamedTuple, Any]] = {}  # by the identity of the structure, which it keeps alive; oldest first
+_views: OrderedDict[int, tuple[NamedTuple, Any]] = OrderedDict()  # by identity of the structure, which it keeps alive
 
 
 def in_numpy(columns: NamedTuple) -> Any:
@@ -67,5 +68,5 @@ def in_numpy(columns: NamedTuple) -> Any:
         views = type(columns)(*(part.numpy() if isinstance(part, torch.Tensor) else part for part in columns))
         kept = _views[id(columns)] = columns, views
         while len(_views) > _MOST_VIEWS:
-            _views.pop(next(iter(_views)), None)
+            _views.popitem(last=False)
     return kept[1]

@@ -6,7 +6,6 @@ of rows, so every product runs on a number of them that was found to agree, bit 
 """
 
 import functools
-import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ _ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
 }
-_onednn = torch.ops.mkldnn._linear_pointwise
+_onednn = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 _FUSED = {None: ("none", [], ""), "gelu_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}  # names of oneDNN
 
 
@@ -222,8 +221,7 @@ def linear_residual(
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
 ) -> torch.Tensor:
     """residual + x @ weight.T + bias -> [N, M]."""
-    y = linear(x, weight, bias, residual=residual)
-    return y if moments is None else with_moments(y, moments)
+    return with_moments(linear(x, weight, bias, residual=residual), moments)
 
 
 def lm_head(
@@ -259,16 +257,15 @@ def linear(
 ) -> torch.Tensor:
     """activation(x @ weight.T + bias), or residual + x @ weight.T + bias, in products of rows that agree, padded with
     zeros where rows lack."""
-    multiple = most = ROW_BLOCK
-    if isinstance(weight, Packed):
-        product, how = weight.product, (bias is not None, activation, residual is not None)
-        multiple, most = agreeing_rows(weight.library, weight.shape, weight.dtype, *how, torch.get_num_threads())
-    else:
-        product = functools.partial(_other_product, weight)
-        if isinstance(weight, Quantized) and isinstance(weight.values, Packed):
-            values, how = weight.values, (False, None, False)
-            multiple, most = agreeing_rows(values.library, values.shape, values.dtype, *how, torch.get_num_threads())
     num_rows = x.shape[0]
+    assert residual is None or (activation is None and residual.shape[0] == num_rows)
+    matrix, how = weight, (bias is not None, activation, residual is not None)
+    if isinstance(weight, Quantized):
+        matrix, how = weight.values, (False, None, False)  # all else comes after the product
+    multiple = most = ROW_BLOCK
+    if isinstance(matrix, Packed):
+        multiple, most = agreeing_rows(matrix.library, matrix.shape, matrix.dtype, *how, torch.get_num_threads())
+    product = weight.product if matrix is weight and isinstance(matrix, Packed) else functools.partial(_product, weight)
     missing = -num_rows % (multiple if num_rows <= ROW_BLOCK else ROW_BLOCK)
     if missing:
         x = F.pad(x, (0, 0, 0, missing))
@@ -276,20 +273,20 @@ def linear(
     if num_rows + missing <= most:
         y = product(x, bias, activation, residual)
     else:
-        left = itertools.repeat(None) if residual is None else residual.split(most)
-        parts = zip(x.split(most), left, strict=False)
-        y = torch.cat([product(block, bias, activation, some) for block, some in parts])
+        blocks = x.split(most)
+        residuals = [None] * len(blocks) if residual is None else residual.split(most)
+        y = torch.cat([product(block, bias, activation, of) for block, of in zip(blocks, residuals, strict=True)])
     return y[:num_rows] if missing else y
 
 
-def _other_product(
+def _product(
     weight: torch.Tensor | Quantized,
     block: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``Packed.product`` of what is not packed, or not that alone."""
+    """``Packed.product`` of a matrix that is not packed, or in 8 bits."""
     y = _quantized_product(block, weight, bias) if isinstance(weight, Quantized) else F.linear(block, weight, bias)
     y = _activated(y, activation)
     return y if residual is None else residual + y

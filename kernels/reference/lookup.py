@@ -70,22 +70,19 @@ def extend_tree(
     recent = None if recent is None else in_numpy(recent)
     words = split_seed(seed_number(sampling.seed))
     scale = np.float32(sampling.temperature), np.float32(tau)
-    shape = rounds, width, num_children, MAX_PROBES, DEPTH_LIMIT
-    return _extend(table, tree, progress, recent, sampling.noise, words, *scale, *shape)
+    return _extend(table, tree, progress, recent, sampling.noise, words, *scale, rounds, width, num_children)
 
 
 @compiled
-def _extend(
-    table, tree, progress, recent, noisy, words, temperature, tau, rounds, width, num_children, max_probes, depth_limit
-):
-    num_nodes, max_depth = 0, min(np.int64(progress.reach[-1, 0]), depth_limit)
+def _extend(table, tree, progress, recent, noisy, words, temperature, tau, rounds, width, num_children):
+    num_nodes, max_depth = 0, min(np.int64(progress.reach[-1, 0]), DEPTH_LIMIT)
     for _ in range(rounds):
         nodes = select(tree, 0, width, np.int64(progress.reach[0, 0]), np.float32(-np.inf))
         if len(nodes) == 0:
             break
         num_nodes += len(nodes)
         previous, last, positions = _contexts_of(tree, nodes, progress.text, progress.length)
-        tokens, log_probs, log_rest, levels = _rows(table, recent, previous, last, temperature, max_probes)
+        tokens, log_probs, log_rest, levels = _rows(table, recent, previous, last, temperature)
         if noisy:
             drawn = keyed_noise(words[0], words[1], np.repeat(positions, tokens.shape[1]), tokens.ravel())
             log_probs += drawn.reshape(tokens.shape)
@@ -124,11 +121,11 @@ def learn(
     """Remember what a stage has just drawn at ``nodes``; of two nodes in one bucket the later one stays. A row of a
     higher ``level`` for the same context is kept."""
     previous, last, _ = _contexts(tree, nodes, progress)
-    _learn(in_numpy(recent), previous, last, children.numpy(), log_probs.numpy(), level, np.float32(LEAST_REST))
+    _learn(in_numpy(recent), previous, last, children.numpy(), log_probs.numpy(), level)
 
 
 @compiled
-def _learn(recent, previous, last, children, log_probs, level, least_rest):
+def _learn(recent, previous, last, children, log_probs, level):
     buckets = _hash(previous * recent.vocab_size + last, len(recent.keys))
     width, is_new = min(children.shape[1], recent.tokens.shape[1]), np.empty(len(buckets), np.bool_)
     for i in range(len(buckets)):  # before any of them is written
@@ -144,7 +141,7 @@ def _learn(recent, previous, last, children, log_probs, level, least_rest):
             recent.tokens[bucket, column] = children[i, column]
             recent.log_probs[bucket, column] = log_probs[i, column]
             rest -= np.exp(log_probs[i, column])
-        recent.log_rest[bucket] = np.log(max(rest, least_rest))
+        recent.log_rest[bucket] = np.log(max(rest, np.float32(LEAST_REST)))
 
 
 def learn_text(recent: RecentTable, table: SuccessorTable, text: list[int]) -> None:
@@ -155,7 +152,7 @@ def learn_text(recent: RecentTable, table: SuccessorTable, text: list[int]) -> N
     last stays. ``table`` lies on the host, ``recent`` anywhere.
     """
     if len(text) > 2:
-        shape = len(recent.keys), recent.tokens.shape[1], MAX_PROBES, np.float32(LEAST_REST)
+        shape = len(recent.keys), recent.tokens.shape[1]
         columns = _rows_of_text(in_numpy(table), np.array(text, dtype=np.int64), *shape)
         buckets, *rows = (torch.from_numpy(column).to(recent.keys.device) for column in columns)
         for column, values in zip(recent[:5], rows, strict=True):
@@ -163,7 +160,7 @@ def learn_text(recent: RecentTable, table: SuccessorTable, text: list[int]) -> N
 
 
 @compiled
-def _rows_of_text(table, text, num_buckets, width, max_probes, least_rest):
+def _rows_of_text(table, text, num_buckets, width):
     """Buckets int64 [C], all different, and the first five columns of a ``RecentTable`` there."""
     keys = text[:-2] * table.vocab_size + text[1:-1]
     buckets, firsts = _hash(keys, num_buckets), _hash(keys, len(table.keys))
@@ -181,7 +178,7 @@ def _rows_of_text(table, text, num_buckets, width, max_probes, least_rest):
             end += 1
         last, times, count = order[end - 1], end - start, baked
         if newest[buckets[last]] == last:
-            row = _baked_row(table, keys[last], text[last + 1], firsts[last], max_probes)
+            row = _baked_row(table, keys[last], text[last + 1], firsts[last])
             found[:baked] = table.tokens[row]
             mass[:baked] = np.exp(table.log_probs[row]) / np.float32(times + 1)
             for i in order[start:end]:
@@ -199,7 +196,7 @@ def _rows_of_text(table, text, num_buckets, width, max_probes, least_rest):
                     tokens[num_kept, column], log_probs[num_kept, column] = found[best], np.log(mass[best])
                     rest -= mass[best]
                     mass[best] = 0
-            kept[num_kept], log_rest[num_kept] = last, np.log(max(rest, least_rest))
+            kept[num_kept], log_rest[num_kept] = last, np.log(max(rest, np.float32(LEAST_REST)))
             num_kept += 1
         start = end
     kept, tokens, log_probs, log_rest = kept[:num_kept], tokens[:num_kept], log_probs[:num_kept], log_rest[:num_kept]
@@ -231,9 +228,8 @@ def _answers(table: SuccessorTable, recent: RecentTable | None, contexts, sampli
     """``lookup_nodes`` of contexts: numpy arrays [N] of the two tokens and of the position of the next."""
     table = in_numpy(table)
     recent = None if recent is None else in_numpy(recent)
-    tokens, log_probs, log_rest, levels = _rows(
-        table, recent, *contexts[:2], np.float32(sampling.temperature), MAX_PROBES
-    )
+    temperature = np.float32(sampling.temperature)
+    tokens, log_probs, log_rest, levels = _rows(table, recent, *contexts[:2], temperature)
     if sampling.noise:
         positions = np.repeat(contexts[2], tokens.shape[1])
         words = split_seed(seed_number(sampling.seed))
@@ -243,9 +239,9 @@ def _answers(table: SuccessorTable, recent: RecentTable | None, contexts, sampli
 
 
 @compiled
-def _baked_row(table, key, last, first, max_probes):
+def _baked_row(table, key, last, first):
     """The row of a context by linear probing from bucket ``first``, or else that of its last token."""
-    for probe in range(max_probes if key >= 0 else 0):
+    for probe in range(MAX_PROBES if key >= 0 else 0):
         bucket = (first + probe) % len(table.keys)
         if table.keys[bucket] == key:
             return np.int64(table.rows[bucket])
@@ -253,7 +249,7 @@ def _baked_row(table, key, last, first, max_probes):
 
 
 @compiled
-def _rows(table, recent, previous, last, temperature, max_probes):
+def _rows(table, recent, previous, last, temperature):
     """What is known of contexts: tokens int64 [N, m], log-probabilities [N, m] and of the mass outside [N], tempered;
     and the level of a remembered row, else 0. ``recent`` goes before the baked rows."""
     shape = len(last), table.tokens.shape[1]
@@ -262,7 +258,7 @@ def _rows(table, recent, previous, last, temperature, max_probes):
     keys = previous * table.vocab_size + last
     firsts = _hash(keys, len(table.keys))
     for i in range(len(keys)):
-        row = _baked_row(table, keys[i] if previous[i] >= 0 else np.int64(-1), last[i], firsts[i], max_probes)
+        row = _baked_row(table, keys[i] if previous[i] >= 0 else np.int64(-1), last[i], firsts[i])
         for column in range(shape[1]):
             tokens[i, column] = table.tokens[row, column]
             log_probs[i, column] = table.log_probs[row, column] / temperature

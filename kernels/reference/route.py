@@ -74,15 +74,13 @@ def route(
     arguments = (page_table, committed, sequences, positions, paths, node_slots, slot_mapping)
     page_table, committed, sequences, positions, paths, node_slots, slot_mapping = _on_host(*arguments)
     ends = shared_end(positions)
-    tails = _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots, TAIL_LANES)
+    tails = _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots)
     blocks, start = [], 0
     while start < len(positions):
         count, fits = min(ROW_BLOCK, len(positions) - start), False
         while not fits:  # one row always does
             rows = slice(start, start + count)
-            *arrays, fits = _columns(
-                *(tails[rows], ends[rows], sequences[rows], page_table, page_size, TAIL_WINDOW, SHARED_WINDOW)
-            )
+            *arrays, fits = _columns(tails[rows], ends[rows], sequences[rows], page_table, page_size)
             count = count if fits else -(-count // 2)
         if one_shape(device):  # rows of padding see the null page, so that none is NaN
             padding = ((0, ROW_BLOCK - count), (0, 0))
@@ -106,13 +104,13 @@ def path_slots(page_table, page_size, committed, sequences, positions, paths, no
     device, arguments = positions.device, (page_table, committed, sequences, positions, paths, node_slots)
     page_table, committed, sequences, positions, paths, node_slots = _on_host(*arguments)
     ends = shared_end(positions)
-    slots = _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots, TAIL_LANES)
+    slots = _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots)
     return torch.from_numpy(slots).to(device)
 
 
 @compiled
-def _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots, tail_lanes):
-    slots = np.zeros((len(positions), tail_lanes), np.int32)  # the null page
+def _path_slots(page_table, page_size, committed, sequences, positions, ends, paths, node_slots):
+    slots = np.zeros((len(positions), TAIL_LANES), np.int32)  # the null page
     for row in range(len(positions)):
         sequence = sequences[row]
         num_committed = committed[sequence]
@@ -128,8 +126,8 @@ def _path_slots(page_table, page_size, committed, sequences, positions, ends, pa
 
 
 @compiled
-def _columns(tails, ends, sequences, page_table, page_size, tail_window, shared_window):
-    """The arrays of a ``Block`` from ``slots`` on; whether the tails hold fewer than ``tail_window`` slots together.
+def _columns(tails, ends, sequences, page_table, page_size):
+    """The arrays of a ``Block`` from ``slots`` on; whether the tails hold fewer than TAIL_WINDOW slots together.
 
     A row's first lane is position ``ends[row]``. The last column of the tails is the null page's; columns of windows
     that no row sees read it, too.
@@ -139,12 +137,12 @@ def _columns(tails, ends, sequences, page_table, page_size, tail_window, shared_
     seen = np.zeros(num_sequences, np.int64)  # positions of each sequence in windows
     for row in range(num_rows):
         seen[sequences[row]] = max(seen[sequences[row]], ends[row])
-    widths = -(-seen // shared_window) * shared_window
-    slots = np.zeros(tail_window + widths.sum(), np.int64)
+    widths = -(-seen // SHARED_WINDOW) * SHARED_WINDOW
+    slots = np.zeros(TAIL_WINDOW + widths.sum(), np.int64)
     columns, live = np.empty(tails.shape, np.int64), np.empty(tails.shape, np.bool_)
     firsts, counts = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
     place = np.full(tails.max() + 1, -1, np.int64)
-    place[0] = tail_window - 1
+    place[0] = TAIL_WINDOW - 1
     count = 0
     for position in range(ends.min(), ends.max() + num_lanes):
         for row in range(num_rows):
@@ -152,7 +150,7 @@ def _columns(tails, ends, sequences, page_table, page_size, tail_window, shared_
             if 0 <= lane < num_lanes:
                 slot = tails[row, lane]
                 if place[slot] < 0:
-                    if count == tail_window - 1:
+                    if count == TAIL_WINDOW - 1:
                         return slots, columns, live, firsts, counts, False
                     place[slot], slots[count] = count, slot
                     count += 1
@@ -164,7 +162,7 @@ def _columns(tails, ends, sequences, page_table, page_size, tail_window, shared_
                 firsts[row], counts[row] = first, ends[row]
         for position in range(seen[sequence]):  # of a padding row, any
             page = page_table[sequence, min(position // page_size, page_table.shape[1] - 1)]
-            slots[tail_window + first + position] = page * page_size + position % page_size
+            slots[TAIL_WINDOW + first + position] = page * page_size + position % page_size
         first += widths[sequence]
     return slots, columns, live, firsts, counts, True
 
