@@ -9,6 +9,8 @@ run can be given more time later: it then goes on from where the decay began.
 Commands: ``staged train-oracle``, ``staged train-draft``.
 """
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -36,7 +38,7 @@ class TrainingConfig:
     width: int = 384
     vocab_size: int = 8192
     context: int = 1024
-    minutes: float = 30.0  # of training, pauses not counted
+    minutes: float = 30.0  # of training; what a process is stopped for (SIGSTOP, Ctrl-Z) does not count
     steps: int = 0  # exactly as many instead, if not 0
     tokens_per_step: int = 4096
     tokens_per_pass: int = 0  # gradients of smaller passes are added up, if not 0: bounds the memory it takes
@@ -195,6 +197,7 @@ class Trainer:
             if one is not None and compiled:
                 compile_blocks(one)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step_seconds, self.was_stopped = 0.0, False  # of the last step; since that step began
         self.taken = {config.short_window: 0, config.context: 0}  # windows of each length
         self.log: list[dict] = []
 
@@ -215,8 +218,9 @@ class Trainer:
         return warm * min(1.0, max((1.0 - self.progress) / self.config.decay_share, 0.02))
 
     def train_step(self) -> float:
-        """One update of all weights; returns its loss."""
-        start, config = time.monotonic(), self.config
+        """One update of all weights; returns its loss. One in which the process was stopped counts as long as the one
+        before."""
+        start, config, self.was_stopped = time.monotonic(), self.config, False
         rng = np.random.default_rng([config.seed, self.step])
         full = self.progress > 1.0 - config.full_window_share
         length = config.context if full else config.short_window
@@ -240,8 +244,14 @@ class Trainer:
         self.step += 1
         self.tokens += batch.numel()
         value = mean_loss.item()
-        self.seconds += time.monotonic() - start
+        if not self.was_stopped:
+            self.step_seconds = time.monotonic() - start
+        self.seconds += self.step_seconds
         return value
+
+    def note_stop(self, *_) -> None:
+        """Handler of SIGCONT, which a stopped process receives when it may go on."""
+        self.was_stopped = True
 
     @property
     def flops_per_token(self) -> int:
@@ -302,6 +312,8 @@ def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: 
     Checkpoints go to ``out``, one more just before the learning rate decays. Rows: step, progress, seconds, tokens,
     loss (of this step), and since the last logged row tokens_per_second and teraflops per second.
     """
+    if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        signal.signal(signal.SIGCONT, trainer.note_stop)
     since, saved = (trainer.seconds, trainer.tokens), time.monotonic()
     while trainer.progress < 1.0:
         stable = not trainer.decaying

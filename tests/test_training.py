@@ -1,8 +1,12 @@
 """The code that made the bundled models, in miniature: that training learns, goes on after a kill, and makes a trio."""
 
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,6 +159,29 @@ def test_a_larger_budget_goes_on_from_before_the_decay(tmp_path):
         other.resume(tmp_path)
     with pytest.raises(ValueError, match=f"a run on {len(ids)} tokens of text, not {len(ids) - 1}"):
         training.Trainer(CONFIG, ids[1:], compiled=False).resume(tmp_path)
+
+
+def test_a_stopped_process_spends_no_budget(monkeypatch, tmp_path):
+    """A step in which the process was told to go on counts as long as the one before; any other one as it took."""
+    trainer, seconds = (
+        training.Trainer(replace(CONFIG, steps=3), periodic_ids(0), compiled=False),
+        iter((0.2, 2.0, 0.4)),
+    )
+    loss_of, stops = training.loss_of, iter((False, True, False))
+
+    def slow(*arguments):
+        time.sleep(next(seconds))
+        if next(stops):
+            os.kill(os.getpid(), signal.SIGCONT)
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(training, "loss_of", slow)
+    monkeypatch.setattr(training, "heldout_loss", lambda *_: 0.0)
+    spent = [0.0]
+    spent += [trainer.seconds for _ in training.train(trainer, trainer.ids, tmp_path)]
+    first, second, third = (later - earlier for earlier, later in itertools.pairwise(spent))
+    assert 0.2 < first < 2.0 and second == pytest.approx(first) and third > 0.4
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
 
 def test_the_command_survives_a_kill_at_any_moment(tmp_path):
