@@ -244,7 +244,7 @@ class Trainer:
         self.step += 1
         self.tokens += batch.numel()
         value = mean_loss.item()
-        if not self.was_stopped:
+        if not self.was_stopped or self.step_seconds == 0.0:
             self.step_seconds = time.monotonic() - start
         self.seconds += self.step_seconds
         return value
@@ -312,8 +312,8 @@ def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: 
     Checkpoints go to ``out``, one more just before the learning rate decays. Rows: step, progress, seconds, tokens,
     loss (of this step), and since the last logged row tokens_per_second and teraflops per second.
     """
-    if threading.current_thread() is threading.main_thread():  # no other may handle signals
-        signal.signal(signal.SIGCONT, trainer.note_stop)
+    handles_signals = threading.current_thread() is threading.main_thread()  # no other may
+    before = signal.signal(signal.SIGCONT, trainer.note_stop) if handles_signals else None
     since, saved = (trainer.seconds, trainer.tokens), time.monotonic()
     while trainer.progress < 1.0:
         stable = not trainer.decaying
@@ -340,3 +340,5 @@ def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: 
             trainer.save(out / LATEST)
             saved = time.monotonic()
         yield row
+    if handles_signals:
+        signal.signal(signal.SIGCONT, before)

@@ -162,12 +162,13 @@ def test_a_larger_budget_goes_on_from_before_the_decay(tmp_path):
 
 
 def test_a_stopped_process_spends_no_budget(monkeypatch, tmp_path):
-    """A step in which the process was told to go on counts as long as the one before; any other one as it took."""
+    """A step in which the process was told to go on counts as long as the one before; the first, and any other one, as
+    it took."""
     trainer, seconds = (
         training.Trainer(replace(CONFIG, steps=3), periodic_ids(0), compiled=False),
         iter((0.2, 2.0, 0.4)),
     )
-    loss_of, stops = training.loss_of, iter((False, True, False))
+    loss_of, stops = training.loss_of, iter((True, True, False))
 
     def slow(*arguments):
         time.sleep(next(seconds))
@@ -177,11 +178,11 @@ def test_a_stopped_process_spends_no_budget(monkeypatch, tmp_path):
 
     monkeypatch.setattr(training, "loss_of", slow)
     monkeypatch.setattr(training, "heldout_loss", lambda *_: 0.0)
-    spent = [0.0]
+    before, spent = signal.getsignal(signal.SIGCONT), [0.0]
     spent += [trainer.seconds for _ in training.train(trainer, trainer.ids, tmp_path)]
     first, second, third = (later - earlier for earlier, later in itertools.pairwise(spent))
     assert 0.2 < first < 2.0 and second == pytest.approx(first) and third > 0.4
-    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGCONT) == before
 
 
 def test_the_command_survives_a_kill_at_any_moment(tmp_path):
