@@ -82,7 +82,8 @@ def _inside(runs: list[Run], sampled: list[list[tuple[float, str]]]) -> Iterator
 
 @contextmanager
 def frozen() -> Iterator[None]:
-    """Garbage collection passes over all that torch has made: it would, once in some hundred iterations."""
+    """Garbage collections leave alone what exists by now: else one looks at all that torch has made, once in some
+    hundred iterations."""
     gc.collect()
     gc.freeze()
     try:

@@ -141,7 +141,7 @@ def test_a_residual_is_added(num_rows, library, dtype):
     weight = weight.to(dtype)
     matrix = reference.packed(quantize_matrix(weight) if library == "int8" else weight)
     if isinstance(matrix, Packed) and matrix.library != library:
-        pytest.skip(f"this processor's products are by {matrix.library}")
+        pytest.skip(f"needs products by {library}, this processor's are by {matrix.library}")
     x, residual, bias = torch.randn(num_rows, 64), 500 * torch.randn(num_rows, 96), 500 * torch.randn(96)
     x, residual, bias = x.to(dtype), residual.to(dtype), bias.to(dtype)
     y = reference.linear_residual(x, matrix, bias, residual)
