@@ -206,7 +206,7 @@ def test_attention_in_blocks(found, num_rows, start, monkeypatch):
         chosen = (sequences[rows], positions[rows], rest[0][rows], rest[1], rest[2][rows])
         padded = F.pad(q[rows], (0, 0, 0, 0, 0, -len(q[rows]) % ROW_MULTIPLE))
         mixed = reference.tree_attention(padded, k, v, reference.route(table, 1, committed, *chosen), 0.3)
-        assert len(mixed) == len(padded)
+        assert len(mixed) == len(padded) and not mixed[len(q[rows]) :].any()
         return mixed
 
     together = attend(slice(None))

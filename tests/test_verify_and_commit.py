@@ -289,4 +289,5 @@ def test_statistics_of_a_record():
     assert first.proposed == second.proposed == [3, 3]
     assert first.tried == [0b01, 0b10, 0b10, 0b00]
     assert second.tried == [0b01]
+    assert [stats._acceptance(stages)["tried"] for stages in ([0], [1], [0, 1])] == [2, 2, 4]
     assert first.sources == [0, 1, 1, 2] and second.sources == [2]
