@@ -62,7 +62,7 @@ suite: $(ENV)/.installed
 
 mini: $(ENV)/.installed
 	rm -rf local/mini
-	$(RUN) -m profiling.suite --mini --budget-minutes 10 --out local/mini
+	$(RUN) -m profiling.suite --mini --budget-minutes 20 --out local/mini
 
 clean:
 	rm -rf $(ENV) .aot build dist *.egg-info

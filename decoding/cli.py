@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from decoding import make
+from decoding import make_flags
 from decoding.compare import DEMO_PROMPTS, HFGenerate, compare
 from decoding.config import METHODS, SamplingConfig
 from decoding.decoder import BUNDLED, StagedDecoder
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
 
-    generate = make.add_command(commands, "generate", "continue a prompt")
+    generate = make_flags.add_command(commands, "generate", "continue a prompt")
     generate.add_argument("prompt", help="the text to continue; '-' reads standard input")
     generate.add_argument("--method", choices=METHODS, help="default: the fullest that the stages allow")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
@@ -45,14 +45,16 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print one JSON object with all output fields")
     generate.set_defaults(run=run_generate)
 
-    comparison = make.add_command(commands, "compare", "every method on the same prompts, tokens checked identical")
+    comparison = make_flags.add_command(
+        commands, "compare", "every method on the same prompts, tokens checked identical"
+    )
     comparison.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: three prompts of Python code")
     comparison.add_argument("--hf", action="store_true", help="also run Hugging Face's generate (greedy only)")
     comparison.add_argument("--color", action="store_true", help="show the completions, coloured by stage")
     comparison.add_argument("--json", action="store_true", help="print the rows as JSON")
     comparison.set_defaults(run=run_compare)
 
-    planning = make.add_command(commands, "plan", "find the shape of speculation that is fastest on this machine")
+    planning = make_flags.add_command(commands, "plan", "find the shape of speculation that is fastest on this machine")
     planning.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: three prompts of Python code")
     planning.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON for --plan of other commands")
     planning.add_argument("--turns", type=int, default=3, help="that each comparison of two shapes takes (default: 3)")
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
     for command in (generate, comparison, planning):
         _add_common(command)
-    make.add_commands(commands)
+    make_flags.add_commands(commands)
     return top
 
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,30 +25,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model.growth import grow
 from model.muon import Muon
 from model.runtime import bfloat16_is_fast
+from model.training_config import TrainingConfig
 
 SHORT_SQUARE = 256  # tokens; tried: 256, which gains a third of a step, and 1024, which loses a sixth
 LATEST, STABLE = "checkpoint.pt", "checkpoint_before_decay.pt"
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Flags of the command line carry the same names. Lengths in tokens; shares are of the budget, at its end."""
-
-    layers: int = 7
-    width: int = 384
-    vocab_size: int = 8192
-    context: int = 1024
-    minutes: float = 30.0  # of training; what a process is stopped for (SIGSTOP, Ctrl-Z) does not count
-    steps: int = 0  # exactly as many instead, if not 0
-    tokens_per_step: int = 4096
-    tokens_per_pass: int = 0  # gradients of smaller passes are added up, if not 0: bounds the memory it takes
-    short_window: int = 256
-    full_window_share: float = 0.15
-    learning_rate: float = 3e-3
-    warmup_steps: int = 40
-    decay_share: float = 0.45
-    teacher_share: float = 0.4  # before that a student learns from the text alone, many times as fast
-    seed: int = 0
 
 
 def build(config: TrainingConfig) -> GPT2LMHeadModel:

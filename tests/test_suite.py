@@ -193,6 +193,12 @@ def test_the_plan_with_models_uses_them(tmp_path):
     assert latency[latency.index("--draft2") + 1] == "none"
 
 
+def test_in_miniature_no_step_has_a_limit_of_its_own(tmp_path):
+    """A first call compiles for most of a minute, on a slow machine for minutes: no reason to stop a step."""
+    assert {step.share for step in plan(flags(tmp_path, "--mini"))} == {1.0}
+    assert max(step.share for step in plan(flags(tmp_path))[:3]) < 1
+
+
 @pytest.mark.parametrize(
     "given", [[], ["--mini"], ["--oracle", "a", "--draft", "b"], ["--prompts", "/p", "--data", "/d"]]
 )

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from decoding import StagedDecoder, cli, make
 from model import bundle, growth, samples, training
+from model.training_config import TrainingConfig
 from tests.test_corpus import source, write
 
-CONFIG = training.TrainingConfig(
+CONFIG = TrainingConfig(
     layers=1, width=64, vocab_size=50, context=64, steps=60, tokens_per_step=256, short_window=16, warmup_steps=5
 )
 
