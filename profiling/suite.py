@@ -2,13 +2,15 @@
 
     python -m profiling.suite --budget-minutes 10 --out DIR                    # call it again: it goes on
     python -m profiling.suite --budget-minutes 10 --out DIR --oracle ID --draft ID --draft2 DIR
+    python -m profiling.suite --budget-minutes 10 --out DIR --models-first     # a chain is trained before the rest
     python -m profiling.suite --mini --budget-minutes 3 --out DIR              # the whole flow on a CPU, toy sizes
 
 Device tests of kernels, whole generations and captured iterations. With no models given: latency of the bundled ones,
 grown to the paper's sizes (``profiling.grown``). Microbenchmarks of kernels and sampling (of tiles with ``--tune``),
 the timeline of an iteration. Timeline, latency and the paper's report with the models given or, without any, with a
-chain of GPT-2 Large's shape, trained where the budget is 25 minutes or more. Last, the paper's report on the grown
-models, or on the bundled ones where others are given, latency of these, and all other device tests.
+chain of GPT-2 Large's shape, trained where the budget is 25 minutes or more (``--models-first``: all of this before
+everything else, trained however small the budget). Last, the paper's report on the grown models, or on the bundled
+ones where others are given, latency of these, and all other device tests.
 Every step is a process of its own with a time limit, its output in
 ``DIR/logs``. A row in ``DIR/suite.json`` says how it ended, ``DIR/summary.md`` holds all tables, what failed first,
 and ``DIR/suite.tar.gz`` everything but weights, below 15 MB; all three are written after every step, so a killed run
@@ -185,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--only", nargs="+", metavar="STEP", help="leave out all others")
     flags.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these although they have finished")
     flags.add_argument("--tune", action="store_true", help="also tune tiles")
+    flags.add_argument("--models-first", action="store_true", help="make and measure models before everything else")
     flags.add_argument("--paper-prompts", type=int, default=16, metavar="N", help="of profiling.paper")
     flags.add_argument(
         "--prompts",

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BRIEF = 25.0  # minutes; in less there is no time to train models of GPT-2 Large's size, nor to compile FlexAttention
+BRIEF = (
+    25.0  # minutes; less is too little for models of GPT-2 Large's size beside the rest, or to compile FlexAttention
+)
 # Every kernel, and whole generations.
 KERNELS = ("tests/test_gpu_kernels.py", "tests/test_gpu_tiles.py", "tests/test_gpu_loop.py")
 # A CPU has seen captured iterations only with a stand-in for the graph: here all tests of these count.
@@ -62,36 +64,32 @@ def plan(flags: argparse.Namespace) -> list[Step]:
     """All steps, most wanted first. ``flags`` are those of ``profiling.suite``."""
     seconds, out = flags.budget_minutes * 60, flags.out
     if flags.mini:
-        steps = [_tests(flags, "tests", 0.4, "tests/test_rows_of_a_pass.py")]
-    else:
-        steps = [_tests(flags, "tests-kernels", 0.22, *KERNELS, "-m", "gpu", *parallel())]
-        steps.append(_tests(flags, "tests-captured", 0.1, *CAPTURED, *parallel()))
-    own = BUNDLED  # what is measured beside the models that are given or trained
-    own_first = not flags.oracle and not flags.mini
-    if own_first:
-        own = grown(out / "grown")
+        steps = [_tests(flags, "tests", 0.4, "tests/test_rows_of_a_pass.py"), *_microbenchmarks(flags, seconds)]
+        steps += _trained(flags)
+        return [replace(step, share=1.0) for step in steps]  # all of them are to finish, however slow the machine
+    steps = [_tests(flags, "tests-kernels", 0.22, *KERNELS, "-m", "gpu", *parallel())]
+    steps.append(_tests(flags, "tests-captured", 0.1, *CAPTURED, *parallel()))
+    own = BUNDLED if flags.oracle else grown(out / "grown")  # measured beside the models that are given or trained
+    if own is not BUNDLED:
         steps.append(Step("grow", ("-m", "profiling.grown", "--out", str(out / "grown")), 0.05, makes=own.needs))
         steps.append(_latency(flags, own, 0.15, USUAL_PEERS))
     steps += _microbenchmarks(flags, seconds)
-    if own_first:
+    if own is not BUNDLED:
         steps.append(_timeline(flags, own, 0.07))
+    chain = []
     if flags.oracle:
-        steps += _figures(flags, Trio("given", flags.oracle, flags.draft, flags.draft2))
-    elif flags.mini or flags.budget_minutes >= BRIEF:
-        steps += _training(flags)
-        models = out / "models"
-        made = (models / "oracle" / "model.safetensors", models / "draft" / "model.safetensors", models / "draft2")
-        steps += _figures(flags, Trio("trained", *(str(models / name) for name in ("oracle", "draft", "draft2")), made))
-    if not flags.mini:
-        if not own_first:
-            steps.append(_latency(flags, own, 1.0, USUAL_PEERS))
-        steps.append(_paper(flags, own, 1.0))
-        if own is not BUNDLED:  # also where nothing could be grown
-            steps.append(_latency(flags, BUNDLED, 1.0, USUAL_PEERS))
-        others = [f"--ignore={path}" for path in (*KERNELS, *CAPTURED)]
-        steps.append(_tests(flags, "tests-others", 1.0, "tests", "-m", "gpu", *others, *parallel()))
-        return steps
-    return [replace(step, share=1.0) for step in steps]  # all of them are to finish, however slow the machine
+        chain = _figures(flags, Trio("given", flags.oracle, flags.draft, flags.draft2))
+    elif flags.models_first or flags.budget_minutes >= BRIEF:
+        chain = _trained(flags)
+    steps = chain + steps if flags.models_first else steps + chain
+    if own is BUNDLED:
+        steps.append(_latency(flags, own, 1.0, USUAL_PEERS))
+    steps.append(_paper(flags, own, 1.0))
+    if own is not BUNDLED:  # also where nothing could be grown
+        steps.append(_latency(flags, BUNDLED, 1.0, USUAL_PEERS))
+    others = [f"--ignore={path}" for path in (*KERNELS, *CAPTURED)]
+    steps.append(_tests(flags, "tests-others", 1.0, "tests", "-m", "gpu", *others, *parallel()))
+    return steps
 
 
 def parallel() -> tuple[str, ...]:
@@ -99,9 +97,19 @@ def parallel() -> tuple[str, ...]:
     return ("-n", str(JOBS)) if importlib.util.find_spec("xdist") else ()
 
 
+def _trained(flags: argparse.Namespace) -> list[Step]:
+    models = flags.out / "models"
+    made = (models / "oracle" / "model.safetensors", models / "draft" / "model.safetensors", models / "draft2")
+    trio = Trio("trained", *(str(models / name) for name in ("oracle", "draft", "draft2")), made)
+    return _training(flags) + _figures(flags, trio)
+
+
 def _figures(flags: argparse.Namespace, trio: Trio) -> list[Step]:
     peers = () if flags.mini else USUAL_PEERS
-    return [_timeline(flags, trio, 0.2), _latency(flags, trio, 0.4, peers), _paper(flags, trio, 1.0)]
+    figures = [_timeline(flags, trio, 0.2), _latency(flags, trio, 0.4, peers)]
+    if flags.models_first:
+        return [_paper(flags, trio, 0.5), *figures]
+    return [*figures, _paper(flags, trio, 1.0)]
 
 
 def _tests(flags: argparse.Namespace, name: str, share: float, *chosen: str) -> Step:
@@ -184,5 +192,18 @@ def _latency(flags: argparse.Namespace, trio: Trio, share: float, peers: tuple[s
 def _paper(flags: argparse.Namespace, trio: Trio, share: float) -> Step:
     name = f"paper-{trio.name}"
     size = ("--quick", "--peers") if flags.mini else ("--limit", str(flags.paper_prompts))
+    if not flags.mini and flags.budget_minutes < BRIEF:
+        size += (
+            "--tokens",
+            "64",
+            "--seeds",
+            "1",
+            "--peer-seeds",
+            "0",
+            "--ablation-prompts",
+            "0",
+            "--peers",
+            *USUAL_PEERS,
+        )
     command = ("-m", "profiling.paper", "--out", str(flags.out / name), "--resume", *trio.paper_flags, *size)
     return Step(name, command + _prompts(flags), share, trio.needs, goes_on=True)

@@ -159,6 +159,21 @@ def test_a_short_budget_trains_nothing_and_has_time_for_every_kind_of_figure(tmp
     assert "--no-flex" in kernels
 
 
+def test_a_short_budget_that_is_for_models(tmp_path):
+    """They and the paper's tables on them come first, and leave something for the timeline and the rest."""
+    steps = plan(flags(tmp_path, "--budget-minutes", "10", "--models-first"))
+    names = [step.name for step in steps]
+    assert names[:4] == ["train-oracle", "train-draft", "build-draft2", "paper-trained"]
+    assert names[4:7] == ["timeline-trained", "latency-trained", "tests-kernels"]
+    assert sorted(names[6:]) == sorted(step.name for step in plan(flags(tmp_path, "--budget-minutes", "10")))
+    minutes = [float(step.arguments[step.arguments.index("--minutes") + 1]) for step in steps[:2]]
+    assert sum(minutes) / 10 + steps[3].share < 1.0
+    paper = steps[3].arguments
+    assert paper[paper.index("--tokens") + 1] == "64" and "hf-static-compile" not in paper
+    given = plan(flags(tmp_path, "--models-first", "--oracle", "gpt2-large"))
+    assert [step.name for step in given[:3]] == ["paper-given", "timeline-given", "latency-given"]
+
+
 def test_device_tests_are_run_once(tmp_path):
     """Files of the first steps are left out of the last one, and exist."""
     steps = {step.name: step.arguments for step in plan(flags(tmp_path))}
@@ -200,7 +215,8 @@ def test_in_miniature_no_step_has_a_limit_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", [[], ["--mini"], ["--oracle", "a", "--draft", "b"], ["--prompts", "/p", "--data", "/d"]]
+    "given",
+    [[], ["--mini"], ["--models-first"], ["--oracle", "a", "--draft", "b"], ["--prompts", "/p", "--data", "/d"]],
 )
 def test_the_commands_understand_their_flags(tmp_path, given):
     """Whatever was given, each command whose parser can be had accepts what the plan says to it."""
