@@ -17,6 +17,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from decoding import katz, text
 from decoding.command_line import printable
 from model import corpus, samples, training
+from model.heap import keep_freed_memory
 from model.runtime import bfloat16_is_fast
 from model.training_config import TrainingConfig
 
@@ -125,6 +126,8 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     config = TrainingConfig(**given)
     start = _model(flags.start) if flags.start else None
     origin = _ancestry(flags.start, start) if flags.start else None
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile, start=start)
     end = tokenizer.token_to_id(corpus.END_OF_TEXT)
     for written in (trainer.model.config, trainer.model.generation_config):

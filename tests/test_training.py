@@ -1,5 +1,6 @@
 """The code that made the bundled models, in miniature: that training learns, goes on after a kill, and makes a trio."""
 
+import ctypes
 import itertools
 import json
 import os
@@ -294,3 +295,31 @@ def test_text_that_a_model_writes_follows_its_law():
     assert len(parts) == 2 and all(part.shape == (2, 24) and part.dtype == np.uint16 for part in parts)
     rows = torch.from_numpy(np.concatenate(parts).astype(np.int64))
     assert torch.equal(model(rows).logits.argmax(-1)[:, 7:-1], rows[:, 8:])
+
+
+FAULTS = """
+import resource, sys, torch
+from model.heap import keep_freed_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+assert sys.argv[1] == "lets go" or keep_freed_memory()
+for turn in range(40):
+    torch.ones(2**24)
+    if turn == 9:
+        before = faults()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc, to whose malloc it speaks")
+def test_freed_memory_is_used_again():
+    """Pages of a tensor of 64 MB, made and freed again and again, come from the kernel each time, or at first only."""
+    root = Path(__file__).parent.parent
+
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout)
+
+    assert faults("keeps") < faults("lets go") / 10
