@@ -1,5 +1,8 @@
 """Products of the torch backend: which of them were found to agree is found out rightly, and 16 bits lose nothing."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from kernels import gpu, reference
 from kernels.layout import ROW_BLOCK, ROW_MULTIPLE
 from kernels.reference import attention, linear
+from kernels.reference.epilogue import NO_RESIDUAL, finish
 from kernels.reference.linear import Packed
 from model.quantization import quantize_matrix
 from tests.helpers import assert_same_rows
@@ -148,6 +152,41 @@ def test_a_residual_is_added(num_rows, library, dtype):
     wanted = residual.double() + x.double() @ weight.double().T + bias.double()
     assert (y.double() - wanted).abs().max() < 8 * torch.finfo(dtype).eps * wanted.abs().max()
     assert torch.equal(reference.linear_residual(x[-1:], matrix, bias, residual[-1:])[0], y[-1])
+
+
+@pytest.mark.parametrize("width", [1, 31, 64, 100, 1536])
+@pytest.mark.parametrize("then", ["nothing", "gelu", "residual"])
+def test_what_follows_a_product(then, width):
+    """Scale, bias, and gelu or a residual: right to float32, far below zero too, and every element by itself."""
+    generator = torch.Generator().manual_seed(width)
+    sums = 64 * torch.randn(5, width, generator=generator)
+    bias, residual = torch.randn(width, generator=generator), torch.randn(5, width, generator=generator)
+
+    def finished(some: torch.Tensor, columns: slice) -> torch.Tensor:
+        some, added = some.clone(), residual[:, columns] if then == "residual" else None
+        added = NO_RESIDUAL if added is None else added.contiguous().numpy()
+        finish(some.numpy(), np.float32(2.0**-4), bias[columns].numpy(), then == "gelu", added)
+        return some
+
+    y, x = finished(sums, slice(None)), 2.0**-4 * sums.double() + bias.double()
+    wanted = x if then == "nothing" else residual.double() + x
+    if then == "gelu":
+        wanted = x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+        assert x.min() < -4 or width == 1
+        torch.testing.assert_close(y.double(), wanted, rtol=2e-5, atol=1e-30)
+    torch.testing.assert_close(y.double(), wanted, rtol=2e-6, atol=2e-6)
+    for start in range(0, width, 13):
+        for size in (1, 17):
+            columns = slice(start, start + size)
+            assert torch.equal(finished(sums[:, columns].contiguous(), columns), y[:, columns])
+
+
+def test_gelu_of_extremes():
+    """NaN stays NaN; the largest numbers, infinity and zero are themselves, the smallest vanish."""
+    x = torch.tensor([[math.nan, math.inf, 3e38, 0.0, -100.0, -3e37]])
+    finish(x.numpy(), np.float32(1), np.zeros(6, np.float32), True, NO_RESIDUAL)
+    assert x[0, 0].isnan() and x[0, 1:4].tolist() == [math.inf, torch.tensor(3e38).item(), 0.0]
+    assert x[0, 4:].abs().max() < 1
 
 
 @pytest.mark.parametrize(

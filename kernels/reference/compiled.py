@@ -32,9 +32,9 @@ def compiled(loop: Callable) -> Callable:
     if njit is None:
         return loop
     try:
-        function = njit(loop, cache=True)
+        function = njit(loop, cache=True, error_model="numpy")
     except RuntimeError:  # no folder to keep it in
-        return njit(loop)
+        return njit(loop, error_model="numpy")
     _forget_what_is_stale(Path(function.stats.cache_path))
     return function
 

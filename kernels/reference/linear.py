@@ -10,10 +10,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from kernels.layout import MAX_ROWS, ROW_BLOCK, ROW_MULTIPLE, VOCAB_TILE, Quantized
+from kernels.reference.compiled import COMPILES
+from kernels.reference.epilogue import NO_RESIDUAL, finish
 from kernels.reference.moments import with_moments
 from kernels.reference.route import Route
 
@@ -69,6 +72,10 @@ class Packed:
             y = _activated(F.linear(x, self._parts[0], bias), activation)
         else:
             sums, scale = self._parts[0](x.float()), self._parts[1]
+            if COMPILES and self.dtype == torch.float32 and bias is not None and activation != "gelu":
+                added = NO_RESIDUAL if residual is None else residual.numpy()
+                finish(sums.numpy(), np.float32(scale), bias.numpy(), activation is not None, added)
+                return sums
             y = sums.mul_(scale) if bias is None else torch.add(bias, sums, alpha=scale)
             y = _activated(y.to(self.dtype), activation)
         return y if residual is None else residual + y
