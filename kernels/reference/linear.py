@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from kernels.layout import MAX_ROWS, ROW_BLOCK, ROW_MULTIPLE, VOCAB_TILE, Quantized
 from kernels.reference.compiled import COMPILES
 from kernels.reference.epilogue import NO_RESIDUAL, finish
-from kernels.reference.moments import with_moments
+from kernels.reference.moments import write_moments
 from kernels.reference.route import Route
 
 # Below this many elements torch runs an element-wise call on one thread, without a tail at a thread's border.
@@ -26,7 +26,11 @@ _ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
 }
-_onednn = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+if torch.backends.mkldnn.is_available():  # the operators themselves, without OpOverload's call, which is Python
+    _pointwise, _pointwise_add = (
+        getattr(overload, "_op", overload)
+        for overload in (torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary)
+    )
 _FUSED = {None: ("none", [], ""), "gelu_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}  # names of oneDNN
 
 
@@ -65,9 +69,9 @@ class Packed:
     ) -> torch.Tensor:
         """activation(x @ weight.T + bias), or residual + x @ weight.T + bias."""
         if self.library == "onednn" and residual is not None:
-            return _onednn.binary(x, residual, self._parts[0], bias, "add")
+            return _pointwise_add(x, residual, self._parts[0], bias, "add")
         if self.library == "onednn":
-            return _onednn.default(x, self._parts[0], bias, *_FUSED[activation])
+            return _pointwise(x, self._parts[0], bias, *_FUSED[activation])
         if self.library == "torch":
             y = _activated(F.linear(x, self._parts[0], bias), activation)
         else:
@@ -209,12 +213,12 @@ def layer_norm_qkv(
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of x; the twin takes its own
 ) -> torch.Tensor:
     """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
-    qkv = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
+    qkv = linear(torch.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias)
     q, k, v = qkv.view(x.shape[0], 3, *k_cache.shape[1:]).unbind(1)
     if route.write_rows is not None:
         k, v = k[route.write_rows], v[route.write_rows]
-    elif len(route.write_slots) < x.shape[0]:
-        k, v = k[: len(route.write_slots)], v[: len(route.write_slots)]
+    elif (num_written := route.write_slots.shape[0]) < x.shape[0]:
+        k, v = k[:num_written], v[:num_written]
     k_cache.index_copy_(0, route.write_slots, k)
     v_cache.index_copy_(0, route.write_slots, v)
     return q
@@ -228,7 +232,10 @@ def linear_residual(
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
 ) -> torch.Tensor:
     """residual + x @ weight.T + bias -> [N, M]."""
-    return with_moments(linear(x, weight, bias, residual=residual), moments)
+    y = linear(x, weight, bias, None, residual)
+    if moments is not None:
+        write_moments(y, moments)
+    return y
 
 
 def lm_head(
@@ -243,7 +250,7 @@ def lm_head(
 
     ``tile_maxima`` float32 [N, cdiv(V, VOCAB_TILE)], if given, receives the largest logit of each tile of the row.
     """
-    logits = layer_norm_linear(x, norm_weight, norm_bias, eps, weight, None)
+    logits = linear(torch.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, None)
     if tile_maxima is not None:
         padded = F.pad(logits, (0, -logits.shape[1] % VOCAB_TILE), value=float("-inf"))
         tile_maxima.copy_(padded.unflatten(1, (-1, VOCAB_TILE)).amax(-1))
@@ -267,12 +274,15 @@ def linear(
     num_rows = x.shape[0]
     assert residual is None or (activation is None and residual.shape[0] == num_rows)
     matrix, how = weight, (bias is not None, activation, residual is not None)
-    if isinstance(weight, Quantized):
-        matrix, how = weight.values, (False, None, False)  # all else comes after the product
+    if isinstance(weight, Packed):
+        product = weight.product
+    else:
+        product = functools.partial(_product, weight)
+        if isinstance(weight, Quantized):
+            matrix, how = weight.values, (False, None, False)  # all else comes after the product
     multiple = most = ROW_BLOCK
     if isinstance(matrix, Packed):
         multiple, most = agreeing_rows(matrix.library, matrix.shape, matrix.dtype, *how, torch.get_num_threads())
-    product = weight.product if matrix is weight and isinstance(matrix, Packed) else functools.partial(_product, weight)
     missing = -num_rows % (multiple if num_rows <= ROW_BLOCK else ROW_BLOCK)
     if missing:
         x = F.pad(x, (0, 0, 0, missing))

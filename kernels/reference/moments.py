@@ -8,10 +8,8 @@ def new_moments(num_rows: int, width: int, device: torch.device) -> torch.Tensor
     return None
 
 
-def with_moments(y: torch.Tensor, moments: torch.Tensor | None) -> torch.Tensor:
-    """``y`` [N, C] itself; ``moments`` [N, 2, P], if given, receives mean and squared deviations of P parts."""
-    if moments is not None:
-        parts = y.unflatten(1, (moments.shape[2], -1)).to(moments.dtype)
-        mean = parts.mean(2)
-        moments.copy_(torch.stack([mean, (parts - mean[..., None]).square().sum(2)], 1))
-    return y
+def write_moments(y: torch.Tensor, moments: torch.Tensor) -> None:
+    """``moments`` [N, 2, P] receives mean and squared deviations of P parts of each row of ``y`` [N, C]."""
+    parts = y.unflatten(1, (moments.shape[2], -1)).to(moments.dtype)
+    mean = parts.mean(2)
+    moments.copy_(torch.stack([mean, (parts - mean[..., None]).square().sum(2)], 1))

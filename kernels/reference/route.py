@@ -11,7 +11,7 @@ import torch
 
 from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW, TreeShape, shared_end
 from kernels.reference.compiled import compiled
-from kernels.reference.moments import with_moments
+from kernels.reference.moments import write_moments
 
 PREFILL_ROWS = 128  # rows of one pass of a long prompt: bounds the memory it takes
 TREE_SHAPE = TreeShape(lookup_rounds=4, lookup_width=4, draft_rounds=1, draft_children=6, min_prob=0.2)  # of one CPU
@@ -25,7 +25,10 @@ def embed(
     moments: torch.Tensor | None = None,  # float32 [N, 2, P], of the result, written
 ) -> torch.Tensor:
     """Sum of token and position embeddings -> [N, C]."""
-    return with_moments(wte.index_select(0, tokens) + wpe.index_select(0, positions), moments)
+    x = wte.index_select(0, tokens) + wpe.index_select(0, positions)
+    if moments is not None:
+        write_moments(x, moments)
+    return x
 
 
 @dataclass(frozen=True, eq=False)
