@@ -37,14 +37,25 @@ def read_corpus(data: list[str] | None, suffix: str, exclude: Path | None = None
 
 
 def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids to train on and held out, uint16; written to ``flags.out`` and read from there when a run resumes."""
+    """Token ids to train on and held out, uint16; written to ``flags.out`` and read from there when a run resumes.
+
+    Raises ValueError where another tokenizer's lie there.
+    """
     stored = flags.out / TOKENS
     if stored.exists():
+        if tokenizer_dir is not None:
+            is_other = _tokenizer(tokenizer_dir).get_vocab() != _tokenizer(flags.out).get_vocab()
+        else:
+            asked = _vocab_size(flags)
+            is_other = json.loads((flags.out / SOURCES).read_text()).get("vocab_size", asked) != asked
+        if is_other:
+            raise ValueError(f"{flags.out} holds text in the tokens of another tokenizer")
+        print(f"text as stored in {flags.out}, whatever --data says")
         with np.load(stored) as arrays:
             return arrays["train"], arrays["heldout"]
     texts = read_corpus(flags.data, flags.suffix, flags.exclude)
     if tokenizer_dir is None:
-        tokenizer = corpus.train_tokenizer(texts.train, flags.vocab_size or TrainingConfig.vocab_size)
+        tokenizer = corpus.train_tokenizer(texts.train, _vocab_size(flags))
     else:
         tokenizer = _tokenizer(tokenizer_dir)
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -52,11 +63,17 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(flags.out)
     train, heldout = corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
     sources = {"sources": texts.card(), "excluded_files": texts.num_excluded}
+    if tokenizer_dir is None:
+        sources["vocab_size"] = _vocab_size(flags)
     (flags.out / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")
     unfinished = flags.out / f"unfinished_{TOKENS}"  # a kill in the middle leaves no half of it
     np.savez(unfinished, train=train, heldout=heldout)
     unfinished.replace(stored)
     return train, heldout
+
+
+def _vocab_size(flags: argparse.Namespace) -> int:
+    return TrainingConfig.vocab_size if flags.vocab_size is None else flags.vocab_size
 
 
 def _tokenizer(directory: Path) -> Tokenizer:
@@ -102,11 +119,9 @@ def blend(ids: np.ndarray, own: np.ndarray, own_share: float) -> np.ndarray:
 
 
 def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2LMHeadModel | None) -> None:
-    if flags.width < 64 or flags.width % 64:
-        raise ValueError(f"width must be a multiple of 64, the size of a head, got {flags.width}")
-    if not flags.steps and flags.minutes <= 0:
-        raise ValueError(f"minutes must be above 0, or steps given, got {flags.minutes}")
     names = [field.name for field in fields(TrainingConfig) if hasattr(flags, field.name)]
+    given = {name: getattr(flags, name) for name in names if name != "vocab_size"}
+    TrainingConfig(**given)  # refuses what no run can be, before text is read
     if teacher is not None and not 0 < flags.own_share < 1:
         raise ValueError(f"own-share must be above 0 and below 1, got {flags.own_share}")
     ids, heldout = prepare(flags, tokenizer_dir)
@@ -122,8 +137,7 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
         if share < 0.9 * flags.own_share:
             print(f"the oracle's own text is {share:.1%} of what is learnt from: a larger --own-text makes it more")
     tokenizer = _tokenizer(flags.out)
-    given = {name: getattr(flags, name) for name in names} | {"vocab_size": tokenizer.get_vocab_size()}
-    config = TrainingConfig(**given)
+    config = TrainingConfig(**given, vocab_size=tokenizer.get_vocab_size())
     start = _model(flags.start) if flags.start else None
     origin = _ancestry(flags.start, start) if flags.start else None
     if not torch.cuda.is_available():
@@ -137,12 +151,15 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     console.print(f"{num_parameters / 1e6:.1f} M parameters, {len(ids) / 1e6:.1f} M tokens of text", end=", ")
     console.print(f"{len(heldout) / 1e6:.2f} M held out, on {trainer.device}")
     if trainer.resume(flags.out):
-        console.print(f"text as stored in {flags.out}, whatever --data says")
         console.print(f"goes on after step {trainer.step}, {trainer.progress:.0%} of the budget")
-    for row in report(console, training.train(trainer, heldout, flags.out, flags.checkpoint_minutes)):
-        if "heldout_loss" in row:
-            trainer.model.save_pretrained(flags.out)
-            _write_card(flags, trainer, num_parameters, origin)
+    try:
+        for row in report(console, training.train(trainer, heldout, flags.out, flags.checkpoint_minutes)):
+            if "heldout_loss" in row:
+                trainer.model.save_pretrained(flags.out)
+                _write_card(flags, trainer, num_parameters, origin)
+    except (KeyboardInterrupt, SystemExit):
+        console.print(f"stopped and saved after step {trainer.step}: the same command goes on from there")
+        raise
 
 
 def report(console: Console, rows: Iterator[dict]) -> Iterator[dict]:

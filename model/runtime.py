@@ -40,7 +40,12 @@ def resolve(device: str | torch.device = "auto", dtype: str | torch.dtype = "aut
         raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
     if backend == "auto":
         backend = "triton" if device.type == "cuda" else "torch"
-    return Runtime(device, _dtype(dtype, device), backend, _operations(backend, device))
+    ops = _operations(backend, device)
+    if backend == "triton" and device.type == "cpu":
+        if str(dtype).removeprefix("torch.") == "bfloat16":
+            raise ValueError("Triton's interpreter computes bfloat16 wrongly: dtype must be float32 or float16 there")
+        dtype = torch.float32 if dtype == "auto" else dtype
+    return Runtime(device, _dtype(dtype, device), backend, ops)
 
 
 def _operations(backend: str, device: torch.device) -> ModuleType:

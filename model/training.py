@@ -10,7 +10,6 @@ Commands: ``staged train-oracle``, ``staged train-draft``.
 """
 
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model.growth import grow
 from model.muon import Muon
 from model.runtime import bfloat16_is_fast
+from model.signals import handled
 from model.training_config import TrainingConfig
 
 SHORT_SQUARE = 256  # tokens; tried: 256, which gains a third of a step, and 1024, which loses a sixth
@@ -38,6 +38,8 @@ def build(config: TrainingConfig) -> GPT2LMHeadModel:
         GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.context,
+            bos_token_id=None,
+            eos_token_id=None,
             n_embd=config.width,
             n_layer=config.layers,
             n_head=config.width // 64,
@@ -289,11 +291,24 @@ class Trainer:
 def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: float = 3.0) -> Iterator[dict]:
     """Train until the budget is spent; yields a row after every step, with ``heldout_loss`` where that was measured.
 
-    Checkpoints go to ``out``, one more just before the learning rate decays. Rows: step, progress, seconds, tokens,
-    loss (of this step), and since the last logged row tokens_per_second and teraflops per second.
+    Checkpoints go to ``out``, one more just before the learning rate decays, and one after the step in which SIGINT or
+    SIGTERM asks for the end. Rows: step, progress, seconds, tokens, loss (of this step), and since the last logged row
+    tokens_per_second and teraflops per second.
     """
-    handles_signals = threading.current_thread() is threading.main_thread()  # no other may
-    before = signal.signal(signal.SIGCONT, trainer.note_stop) if handles_signals else None
+    asked: list[int] = []
+
+    def note_end(number: int, _) -> None:
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+
+    with handled({signal.SIGCONT: trainer.note_stop, signal.SIGINT: note_end, signal.SIGTERM: note_end}):
+        yield from _steps(trainer, heldout, out, checkpoint_minutes, asked)
+
+
+def _steps(
+    trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: float, asked: list[int]
+) -> Iterator[dict]:
+    """The rows of ``train``; where a signal was put into ``asked``, a checkpoint and the end that it asks for."""
     since, saved = (trainer.seconds, trainer.tokens), time.monotonic()
     while trainer.progress < 1.0:
         stable = not trainer.decaying
@@ -319,6 +334,7 @@ def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: 
         if "heldout_loss" in row:
             trainer.save(out / LATEST)
             saved = time.monotonic()
+        if asked and not done:
+            trainer.save(out / LATEST)
+            raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
         yield row
-    if handles_signals:
-        signal.signal(signal.SIGCONT, before)

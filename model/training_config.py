@@ -22,3 +22,23 @@ class TrainingConfig:
     decay_share: float = 0.45
     teacher_share: float = 0.4  # before that a student learns from the text alone, many times as fast
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no run can be."""
+        least = {"layers": 1, "vocab_size": 2, "context": 2, "short_window": 2, "steps": 0, "tokens_per_pass": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        if self.width < 64 or self.width % 64:
+            raise ValueError(f"width must be a multiple of 64, the size of a head, got {self.width}")
+        if self.short_window > self.context:
+            raise ValueError(f"short_window must be at most context, {self.context}, got {self.short_window}")
+        if self.tokens_per_step < self.context:
+            raise ValueError(f"tokens_per_step must be at least context, {self.context}, got {self.tokens_per_step}")
+        if not self.steps and not self.minutes > 0:
+            raise ValueError(f"minutes must be above 0, or steps given, got {self.minutes}")
+        if not self.learning_rate > 0 or self.warmup_steps < 1:
+            raise ValueError(f"both above 0: got learning_rate {self.learning_rate}, warmup_steps {self.warmup_steps}")
+        for name in ("full_window_share", "decay_share", "teacher_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")

@@ -101,17 +101,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("profiling/results"))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
     decoder = StagedDecoder.from_pretrained()
     prompt_ids = [decoder.encode(text) for text in prompts.mbpp(flags.prompts, flags.count)]
     rows = measure(decoder, prompt_ids, flags.tokens, flags.seeds)
     about = machine.describe()
     conditions = f"{flags.count} MBPP prompts x {flags.tokens} tokens, {flags.seeds} seeds, {decoder.runtime}"
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "acceptance.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     table = markdown(rows, about, conditions)
-    (flags.out / "acceptance.md").write_text(table)
+    if flags.out:
+        flags.out.mkdir(parents=True, exist_ok=True)
+        (flags.out / "acceptance.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        (flags.out / "acceptance.md").write_text(table)
     print(table)
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="float32 or bfloat16; default: what suits this processor")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("profiling/results"))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
     decoder = StagedDecoder.from_pretrained(dtype=flags.dtype)
     hf = HFGenerate(str(BUNDLED / "oracle"), decoder.oracle.model.dtype, decoder.oracle.model.device)
@@ -89,12 +89,12 @@ def main() -> None:
     styles = stage_styles([stage.name for stage in decoder.lower])
     out = outputs["greedy"][0]
     shown = coloured(decoder.tokenizer, DEMO_PROMPTS[0], out.new_token_ids, out.token_stages, styles)
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "demo.json").write_text(
-        json.dumps({"about": about, "repeated_8_grams": repeated, "tables": tables}, indent=1) + "\n"
-    )
-    (flags.out / "demo.md").write_text(markdown(tables, conditions))
-    (flags.out / "demo.svg").write_text(picture(shown, legend(styles)))
+    if flags.out:
+        flags.out.mkdir(parents=True, exist_ok=True)
+        rows = {"about": about, "repeated_8_grams": repeated, "tables": tables}
+        (flags.out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (flags.out / "demo.md").write_text(markdown(tables, conditions))
+        (flags.out / "demo.svg").write_text(picture(shown, legend(styles)))
     print(markdown(tables, conditions))
 
 

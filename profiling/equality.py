@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--limit", type=int, help="only the first N prompts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the prompts")
-    parser.add_argument("--out", type=Path, default=Path("profiling/results"))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
     decoder = StagedDecoder.from_pretrained(device="cpu", dtype="float32")
     room = max(1, decoder.oracle.model.config.n_positions - flags.tokens)
@@ -146,10 +146,11 @@ def main() -> None:
         parts = [pool.submit(run_bundled, share, flags.tokens, threads) for share in shares]
         rows = merged([part.result() for part in parts])
     about = machine.describe()
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "equality.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     table = markdown(rows, flags.tokens, about)
-    (flags.out / "equality.md").write_text(table)
+    if flags.out:
+        flags.out.mkdir(parents=True, exist_ok=True)
+        (flags.out / "equality.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        (flags.out / "equality.md").write_text(table)
     print(table)
     sys.exit(any(row["different"] for row in rows))
 

@@ -14,9 +14,6 @@ from tests import interpreter  # before anything that imports a kernel
 from tests.gpu_helpers import poison_scratch
 from tests.helpers import hf_model
 
-if interpreter.INTERPRETING:
-    interpreter.install()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--prompts", metavar="DIR", default=None, help="folder with prompt sets, for tests on real text")

@@ -207,6 +207,63 @@ def test_the_command_survives_a_kill_at_any_moment(tmp_path):
     assert card["sources"][0]["files"] == 120 and card["log"][-1]["progress"] == 1.0
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_end_saves_first(sent, tmp_path):
+    """Long before its next checkpoint: the step it is in is finished, kept, and gone on from."""
+    text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
+    command = [sys.executable, "-u", "-m", "decoding", "train-oracle", "--data", str(text)]
+    sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --no-compile"
+    budget = "--vocab-size 300 --minutes 0.5 --checkpoint-minutes 60"
+    command += [*sizes.split(), *budget.split(), "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if " step " in line:
+                process.send_signal(sent)
+                break
+        lines += process.stdout.readlines()
+    assert process.returncode == (130 if sent == signal.SIGINT else 128 + sent)
+    step = int(lines[-1].split("stopped and saved after step ")[1].split(":")[0])
+    state = torch.load(tmp_path / "run" / training.LATEST, weights_only=True)
+    assert state["step"] == step > 0 and 0.0 < state["seconds"] < 30.0
+
+
+def test_text_of_another_tokenizer_is_not_trained_on(tmp_path, capsys):
+    text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
+    sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --steps 2 --no-compile"
+    run, other = tmp_path / "run", tmp_path / "other"
+    common = ["train-oracle", "--data", str(text), *sizes.split()]
+    cli.main([*common, "--out", str(run), "--vocab-size", "300"])
+    cli.main([*common, "--out", str(other), "--vocab-size", "310"])
+    assert "text as stored" not in capsys.readouterr().out
+    for wrong in (["--vocab-size", "320"], [], ["--tokenizer", str(other)]):
+        with pytest.raises(SystemExit):
+            cli.main([*common, "--out", str(run), *wrong])
+        assert "in the tokens of another tokenizer" in capsys.readouterr().err
+    for right in (["--vocab-size", "300"], ["--tokenizer", str(run)]):
+        cli.main([*common, "--out", str(run), *right])
+        assert "text as stored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"steps": -3}, "steps must be at least 0"),
+        ({"layers": 0}, "layers must be at least 1"),
+        ({"short_window": 0}, "short_window must be at least 2"),
+        ({"short_window": 65}, "short_window must be at most context"),
+        ({"tokens_per_step": 63}, "tokens_per_step must be at least context"),
+        ({"decay_share": 2.0}, "decay_share must be from 0 to 1"),
+        ({"teacher_share": float("nan")}, "teacher_share must be from 0 to 1"),
+        ({"learning_rate": 0.0}, "got learning_rate 0.0, warmup_steps 5"),
+    ],
+)
+def test_what_no_run_can_be_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        replace(CONFIG, **wrong)
+
+
 def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     """Oracle, a draft that also learns from the oracle's own text, a table counted on what the draft writes."""
     text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})

@@ -2,6 +2,7 @@
 
 import torch
 
+from kernels.gpu import interpreter
 from kernels.gpu.config import PREFILL_ROWS, TREE_SHAPE
 from kernels.gpu.extend import extend_tree
 from kernels.gpu.forward import (
@@ -23,6 +24,9 @@ from kernels.gpu.tree import insert_children, select_nodes
 from kernels.gpu.verify import verify_and_commit
 from kernels.layout import Quantized
 from kernels.reference import learn_text, new_chain, new_progress, new_recent, new_seed, new_tree
+
+if interpreting():
+    interpreter.install()
 
 
 def state_device(device: torch.device) -> torch.device:
