@@ -13,6 +13,7 @@ from decoding.config import METHODS, SamplingConfig
 from decoding.decoder import BUNDLED, StagedDecoder
 from decoding.display import coloured, legend, print_comparison, stage_styles
 from decoding.planner import search
+from kernels.reference.compiled import cold_folders
 from model import quantization, weights
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
     try:
         flags.run(flags)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"staged {flags.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -70,12 +71,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-new-tokens", type=int, default=128)
+    command.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
     command.add_argument("--do-sample", action="store_true", help="draw tokens; greedy without it")
-    command.add_argument("--temperature", type=float, default=1.0)
-    command.add_argument("--top-k", type=int, default=50)
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--min-p", type=float, default=0.0)
+    command.add_argument("--temperature", type=float, default=1.0, help="default: 1")
+    command.add_argument("--top-k", type=int, default=50, help="0: off (default: 50)")
+    command.add_argument("--top-p", type=float, default=1.0, help="1: off, the default")
+    command.add_argument("--min-p", type=float, default=0.0, help="0: off, the default")
     command.add_argument("--seed", type=int, help="default: a fresh one for generate, 0 for compare")
     add_model_flags(command)
 
@@ -106,7 +107,10 @@ def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
         name: None if value == "none" else value for name, value in (("draft", flags.draft), ("draft2", flags.draft2))
     }
     names = ("device", "dtype", "backend", "graphs", "plan", "draft_quantization")
-    return StagedDecoder.from_pretrained(flags.oracle, **lower, **{name: getattr(flags, name) for name in names})
+    decoder = StagedDecoder.from_pretrained(flags.oracle, **lower, **{name: getattr(flags, name) for name in names})
+    if decoder.oracle.model.device.type == "cpu" and cold_folders:
+        print("the loops of the torch backend are compiled now, once: a minute or so", file=sys.stderr)
+    return decoder
 
 
 def _refuse_unused(flags: argparse.Namespace) -> None:
@@ -121,13 +125,16 @@ def run_generate(flags: argparse.Namespace) -> None:
     _refuse_unused(flags)
     decoder = load_decoder(flags)
     prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+    how = {name: getattr(flags, name) for name in SAMPLING}
+    if flags.color:  # the speed that is shown is not that of the first tokens of a process
+        decoder.generate(prompt, max_new_tokens=min(8, flags.max_new_tokens), method=flags.method, **how)
     out = decoder.generate(
         prompt,
         max_new_tokens=flags.max_new_tokens,
         method=flags.method,
         stop_strings=flags.stop,
         ignore_eos=flags.ignore_eos,
-        **{name: getattr(flags, name) for name in SAMPLING},
+        **how,
     )
     if flags.json:
         print(json.dumps(vars(out) | {"sequences": out.sequences.tolist()}))
@@ -140,9 +147,10 @@ def run_generate(flags: argparse.Namespace) -> None:
     console.print(coloured(decoder.tokenizer, prompt, out.new_token_ids, out.token_stages, styles))
     console.print(legend(styles))
     speed, length = out.stats["tokens_per_second"], out.stats["mean_acceptance_length"]
+    seed = f", seed {out.seed}" if flags.do_sample else ""
     console.print(
         f"{len(out.new_token_ids)} tokens, {speed:.1f} tokens/s, {length:.2f} tokens per oracle pass, "
-        f"finished by {out.finish_reason}, seed {out.seed}"
+        f"finished by {out.finish_reason}{seed}"
     )
 
 
@@ -163,6 +171,8 @@ def run_plan(flags: argparse.Namespace) -> None:
 
 def run_compare(flags: argparse.Namespace) -> None:
     _refuse_unused(flags)
+    if flags.hf and flags.do_sample:
+        raise ValueError("--hf: transformers draws with other noise, so only greedy text can be compared")
     decoder = load_decoder(flags)
     prompts = flags.prompts or list(DEMO_PROMPTS)
     sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}

@@ -148,8 +148,8 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
         written.bos_token_id = written.eos_token_id = end
     console = Console(highlight=False, soft_wrap=True)
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    console.print(f"{num_parameters / 1e6:.1f} M parameters, {len(ids) / 1e6:.1f} M tokens of text", end=", ")
-    console.print(f"{len(heldout) / 1e6:.2f} M held out, on {trainer.device}")
+    console.print(f"{num_parameters / 1e6:.1f} M parameters, {len(ids):,} tokens of text", end=", ")
+    console.print(f"{len(heldout):,} held out, on {trainer.device}")
     if trainer.resume(flags.out):
         console.print(f"goes on after step {trainer.step}, {trainer.progress:.0%} of the budget")
     try:
@@ -205,12 +205,18 @@ def _ancestry(directory: Path, start: GPT2LMHeadModel) -> dict:
 def build_draft2(flags: argparse.Namespace) -> None:
     if flags.model is not None:
         _require_model(flags.model)
+    elif flags.samples is not None or flags.temperature is not None:
+        raise ValueError("samples and temperature are of the text that a --model writes")
+    num_samples = 1_000_000 if flags.samples is None else flags.samples
+    temperature = 1.5 if flags.temperature is None else flags.temperature
+    if num_samples < 1 or not temperature > 0:
+        raise ValueError(f"samples and temperature must be above 0, got {num_samples} and {temperature}")
     tokenizer = _tokenizer(flags.tokenizer)
     ids = corpus.encode(tokenizer, read_corpus(flags.data, flags.suffix, flags.exclude).train)
     origin = "text"
     if flags.model is not None:
-        ids = own_text(flags.model, ids, flags.samples, flags.temperature)
-        origin = f"text that {flags.model.name} wrote at temperature {flags.temperature}"
+        ids = own_text(flags.model, ids, num_samples, temperature)
+        origin = f"text that {flags.model.name} wrote at temperature {temperature}"
     table = katz.KatzTrigram(ids, tokenizer.get_vocab_size()).bake(flags.contexts)
     katz.save(table, flags.out, {"estimated_from": origin, "tokens": len(ids)})
-    print(f"{table.tokens.shape[0]} rows from {len(ids) / 1e6:.1f} M tokens of {origin} in {flags.out}")
+    print(f"{table.tokens.shape[0]} rows from {len(ids):,} tokens of {origin} in {flags.out}")

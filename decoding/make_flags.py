@@ -10,6 +10,22 @@ import torch
 from model.training_config import TrainingConfig
 
 DRAFT_DEFAULTS = {"layers": 2, "width": 128, "minutes": 20.0}
+HELP = {
+    "layers": "blocks of the model",
+    "width": "of the model, a multiple of 64",
+    "context": "most positions that it can read",
+    "minutes": "budget of the whole run, by the clock",
+    "steps": "budget in steps instead of --minutes, if not 0",
+    "tokens_per_step": "of one update of the weights, at least --context",
+    "tokens_per_pass": "of one pass, whose gradients are added up, if not 0: bounds the memory it takes",
+    "short_window": "tokens of the pieces of text at first",
+    "full_window_share": "of the budget, at its end, with pieces of --context tokens",
+    "learning_rate": "of the matrices (Muon) and the rest (AdamW), after warm-up and before decay",
+    "warmup_steps": "in which it rises from nothing",
+    "decay_share": "of the budget, at its end, in which it falls to nothing",
+    "teacher_share": "of the budget, at its end, that learns from the oracle's law; before, from the text alone",
+    "seed": "of weights and the order of text",
+}
 ON_A_GPU = {"tokens_per_step": 32768, "tokens_per_pass": 16384}  # defaults there
 
 
@@ -50,8 +66,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     draft2.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="with the oracle's tokenizer.json")
     draft2.add_argument("--contexts", type=int, metavar="N", default=65536, help="pairs of tokens with their own row")
     draft2.add_argument("--model", type=Path, metavar="DIR", help="count text that this model writes, not the data")
-    draft2.add_argument("--samples", type=int, metavar="N", default=1_000_000, help="tokens that it writes")
-    draft2.add_argument("--temperature", type=float, metavar="T", default=1.5, help="at which it writes (default: 1.5)")
+    draft2.add_argument("--samples", type=int, metavar="N", help="tokens that it writes (default: 1000000)")
+    draft2.add_argument("--temperature", type=float, metavar="T", help="at which it writes (default: 1.5)")
     _add_text(draft2)
     draft2.set_defaults(run=_in_make("build_draft2"))
 
@@ -88,7 +104,8 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict, skipped: tup
         if field.name not in skipped:
             default = defaults.get(field.name, field.default)
             flag, kind = f"--{field.name.replace('_', '-')}", type(default)
-            said = f"default: {default}" + (f", on a GPU {ON_A_GPU[field.name]}" if field.name in ON_A_GPU else "")
+            on_a_gpu = f", on a GPU {ON_A_GPU[field.name]}" if field.name in ON_A_GPU else ""
+            said = f"{HELP[field.name]} (default: {default}{on_a_gpu})"
             if torch.cuda.is_available():
                 default = ON_A_GPU.get(field.name, default)
             command.add_argument(flag, type=kind, default=default, metavar="N", help=said)

@@ -85,6 +85,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name, file in (("oracle", "training.json"), ("draft", "training.json"), ("draft2", "table.json")):
         if not (getattr(flags, name) / file).is_file():
             parser.error(f"--{name}: no {file} in {getattr(flags, name)}")
+    vocabularies = [PreTrainedTokenizerFast.from_pretrained(path).get_vocab() for path in (flags.oracle, flags.draft)]
+    table = json.loads((flags.draft2 / "table.json").read_text(encoding="utf-8"))
+    if vocabularies[0] != vocabularies[1] or table["vocab_size"] != len(vocabularies[0]):
+        parser.error("the stages do not share one vocabulary")
     flags.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=flags.out.parent) as folder:
         packed = Path(folder)

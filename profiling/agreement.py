@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=prompts.folder_with(prompts.MBPP), help="folder with mbpp/mbpp.jsonl; default: three prompts"
     )
-    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--count", type=int, default=40, help="of --prompts (default: 40)")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, help="folder for agreement.json and agreement.md")
     flags = parser.parse_args()

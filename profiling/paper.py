@@ -124,6 +124,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"profiling.paper: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"what was measured is kept: the same command with --resume goes on in {config.out}", file=sys.stderr)
+        return 130
     if Shard.from_environment().rank == 0:
         print(report)
     return 0

@@ -1,6 +1,7 @@
 """The command ``staged``: what it prints, and one line where the user has made a mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ from decoding.config import METHODS
 ROOT = Path(__file__).parent.parent
 
 
-def staged(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "decoding", *arguments], cwd=ROOT, capture_output=True, text=True)
+def staged(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "decoding", *arguments]
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | (environment or {})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
 
 
 def test_command_line_json(capsys):
@@ -50,3 +53,24 @@ def test_command_line_errors_are_one_line_and_exit_two(arguments, capsys):
 def test_the_command_itself_ends_with_one_line_too():
     run = staged("generate", "x", "--top-p", "7")
     assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr
+
+
+def test_hugging_face_is_not_compared_where_it_cannot_be(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compare", "x", "--hf", "--do-sample"])
+    assert "only greedy text" in capsys.readouterr().err
+
+
+def test_the_interpreter_of_triton_does_what_the_message_promises():
+    """Without a GPU the Triton backend runs in a process of its own, on no test's preparations, in float32."""
+    asked = staged("generate", "x", "--backend", "triton", "--device", "cpu")
+    assert asked.returncode == 2 and "TRITON_INTERPRET=1" in asked.stderr
+    tokens = []
+    for backend, interprets in (("torch", "0"), ("triton", "1")):
+        command = ["generate", "import os", "--backend", backend, "--device", "cpu", "--max-new-tokens", "3", "--json"]
+        dtype = ["--dtype", "float32"] if backend == "torch" else []
+        run = staged(*command, *dtype, environment={"TRITON_INTERPRET": interprets})
+        tokens.append(json.loads(run.stdout)["new_token_ids"])
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 3
+    refused = staged(*command, "--dtype", "bfloat16", environment={"TRITON_INTERPRET": "1"})
+    assert refused.returncode == 2 and "bfloat16 wrongly" in refused.stderr

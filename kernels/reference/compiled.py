@@ -24,6 +24,7 @@ except ImportError as error:
     njit = None
 
 COMPILES = njit is not None
+cold_folders: list[Path] = []  # in which this process found no machine code of these sources: it will compile, once
 _MOST_VIEWS = 16
 
 
@@ -49,6 +50,7 @@ def _forget_what_is_stale(folder: Path) -> None:
     try:
         if note.exists() and note.read_text() == digest:
             return
+        cold_folders.append(folder)
         for kept in folder.glob("*.nb[ci]"):
             kept.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
