@@ -30,6 +30,15 @@ def test_a_mistake_costs_nothing_and_a_trio_may_be_packed_onto_itself(tmp_path, 
         with pytest.raises(SystemExit):
             pack(**shipped | {name: tmp_path / "nowhere"})
         assert f"--{name}: no " in capsys.readouterr().err and files() == packed
+    other = tmp_path / "other"
+    other.mkdir()
+    card = json.loads((BUNDLED / "draft2" / "table.json").read_text())
+    (other / "table.json").write_text(json.dumps(card | {"vocab_size": 300}))
+    with pytest.raises(SystemExit):
+        pack(**shipped | {"draft2": other})
+    assert "do not share one vocabulary" in capsys.readouterr().err and files() == packed
+    (other / "table.json").unlink()
+    other.rmdir()
     pack(**{name: tmp_path / "trio" / name for name in NAMES})
     assert files() == packed
     assert [folder.name for folder in tmp_path.iterdir()] == ["trio"], "nothing is left behind"
