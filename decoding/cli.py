@@ -13,7 +13,7 @@ from decoding.config import METHODS, SamplingConfig
 from decoding.decoder import BUNDLED, StagedDecoder
 from decoding.display import coloured, legend, print_comparison, stage_styles
 from decoding.planner import search
-from kernels.reference.compiled import cold_folders
+from kernels.reference.compiled import is_cold
 from model import quantization, weights
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
@@ -108,7 +108,7 @@ def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
     }
     names = ("device", "dtype", "backend", "graphs", "plan", "draft_quantization")
     decoder = StagedDecoder.from_pretrained(flags.oracle, **lower, **{name: getattr(flags, name) for name in names})
-    if decoder.oracle.model.device.type == "cpu" and cold_folders:
+    if decoder.oracle.model.device.type == "cpu" and is_cold():
         print("the loops of the torch backend are compiled now, once: a minute or so", file=sys.stderr)
     return decoder
 

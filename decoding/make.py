@@ -43,11 +43,12 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
     """
     stored = flags.out / TOKENS
     if stored.exists():
+        asked, kept = None if tokenizer_dir else _vocab_size(flags), _tokenizer(flags.out)
         if tokenizer_dir is not None:
-            is_other = _tokenizer(tokenizer_dir).get_vocab() != _tokenizer(flags.out).get_vocab()
-        else:
-            asked = _vocab_size(flags)
-            is_other = json.loads((flags.out / SOURCES).read_text()).get("vocab_size", asked) != asked
+            is_other = _law(_tokenizer(tokenizer_dir)) != _law(kept)
+        else:  # folders of before have no note
+            noted = json.loads((flags.out / SOURCES).read_text()).get("vocab_size", asked)
+            is_other = noted != asked or kept.get_vocab_size() > asked
         if is_other:
             raise ValueError(f"{flags.out} holds text in the tokens of another tokenizer")
         print(f"text as stored in {flags.out}, whatever --data says")
@@ -63,8 +64,7 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(flags.out)
     train, heldout = corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
     sources = {"sources": texts.card(), "excluded_files": texts.num_excluded}
-    if tokenizer_dir is None:
-        sources["vocab_size"] = _vocab_size(flags)
+    sources["vocab_size"] = None if tokenizer_dir else _vocab_size(flags)  # that was asked for
     (flags.out / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")
     unfinished = flags.out / f"unfinished_{TOKENS}"  # a kill in the middle leaves no half of it
     np.savez(unfinished, train=train, heldout=heldout)
@@ -74,6 +74,11 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
 
 def _vocab_size(flags: argparse.Namespace) -> int:
     return TrainingConfig.vocab_size if flags.vocab_size is None else flags.vocab_size
+
+
+def _law(tokenizer: Tokenizer) -> dict:
+    """Vocabulary and merges."""
+    return json.loads(tokenizer.to_str())["model"]
 
 
 def _tokenizer(directory: Path) -> Tokenizer:
@@ -122,6 +127,8 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     names = [field.name for field in fields(TrainingConfig) if hasattr(flags, field.name)]
     given = {name: getattr(flags, name) for name in names if name != "vocab_size"}
     TrainingConfig(**given)  # refuses what no run can be, before text is read
+    if tokenizer_dir is None and not 257 <= _vocab_size(flags) <= 65536:
+        raise ValueError(f"vocab-size must be from 257, all bytes and the end, to 65536, got {flags.vocab_size}")
     if teacher is not None and not 0 < flags.own_share < 1:
         raise ValueError(f"own-share must be above 0 and below 1, got {flags.own_share}")
     ids, heldout = prepare(flags, tokenizer_dir)
@@ -158,7 +165,8 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
                 trainer.model.save_pretrained(flags.out)
                 _write_card(flags, trainer, num_parameters, origin)
     except (KeyboardInterrupt, SystemExit):
-        console.print(f"stopped and saved after step {trainer.step}: the same command goes on from there")
+        if trainer.progress < 1.0:
+            console.print(f"stopped and saved after step {trainer.step}: the same command goes on from there")
         raise
 
 

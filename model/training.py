@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model.growth import grow
 from model.muon import Muon
 from model.runtime import bfloat16_is_fast
-from model.signals import handled
+from model.signals import End, handled
 from model.training_config import TrainingConfig
 
 SHORT_SQUARE = 256  # tokens; tried: 256, which gains a third of a step, and 1024, which loses a sixth
@@ -180,6 +180,7 @@ class Trainer:
                 compile_blocks(one)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.step_seconds, self.was_stopped = 0.0, False  # of the last step; since that step began
+        self.is_updating = False  # weights and counts are between two states
         self.taken = {config.short_window: 0, config.context: 0}  # windows of each length
         self.log: list[dict] = []
 
@@ -216,6 +217,7 @@ class Trainer:
                 loss = loss_of(self.model, part, offset, guide, self.half) * (len(part) / count)
             loss.backward()
             mean_loss += loss.detach()
+        self.is_updating = True
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -225,6 +227,7 @@ class Trainer:
         self.taken[length] += count
         self.step += 1
         self.tokens += batch.numel()
+        self.is_updating = False
         value = mean_loss.item()
         if not self.was_stopped or self.step_seconds == 0.0:
             self.step_seconds = time.monotonic() - start
@@ -295,24 +298,23 @@ def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: 
     SIGTERM asks for the end. Rows: step, progress, seconds, tokens, loss (of this step), and since the last logged row
     tokens_per_second and teraflops per second.
     """
-    asked: list[int] = []
-
-    def note_end(number: int, _) -> None:
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-
-    with handled({signal.SIGCONT: trainer.note_stop, signal.SIGINT: note_end, signal.SIGTERM: note_end}):
-        yield from _steps(trainer, heldout, out, checkpoint_minutes, asked)
+    end = End()
+    with handled({signal.SIGCONT: trainer.note_stop, signal.SIGINT: end, signal.SIGTERM: end}):
+        yield from _steps(trainer, heldout, out, checkpoint_minutes, end)
 
 
-def _steps(
-    trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: float, asked: list[int]
-) -> Iterator[dict]:
-    """The rows of ``train``; where a signal was put into ``asked``, a checkpoint and the end that it asks for."""
+def _steps(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: float, end: End) -> Iterator[dict]:
+    """The rows of ``train``; once the end is asked for, a checkpoint and the end."""
     since, saved = (trainer.seconds, trainer.tokens), time.monotonic()
     while trainer.progress < 1.0:
         stable = not trainer.decaying
-        loss = trainer.train_step()
+        try:
+            loss = trainer.train_step()
+        except Exception:  # what kills a compiler at work, Ctrl-C in a terminal, asks for the end as well
+            if end.number is None or trainer.is_updating:
+                raise
+            trainer.save(out / LATEST)
+            end.carry_out()
         if stable and trainer.decaying:
             trainer.save(out / STABLE)
         row = {
@@ -334,7 +336,9 @@ def _steps(
         if "heldout_loss" in row:
             trainer.save(out / LATEST)
             saved = time.monotonic()
-        if asked and not done:
+        if end.number is not None and not done:
             trainer.save(out / LATEST)
-            raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
+            end.carry_out()
         yield row
+    if end.number is not None:
+        end.carry_out()

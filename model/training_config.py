@@ -39,6 +39,8 @@ class TrainingConfig:
             raise ValueError(f"minutes must be above 0, or steps given, got {self.minutes}")
         if not self.learning_rate > 0 or self.warmup_steps < 1:
             raise ValueError(f"both above 0: got learning_rate {self.learning_rate}, warmup_steps {self.warmup_steps}")
+        if not self.decay_share > 0:
+            raise ValueError(f"decay_share must be above 0, got {self.decay_share}")
         for name in ("full_window_share", "decay_share", "teacher_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")

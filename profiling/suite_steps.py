@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BRIEF = (
-    25.0  # minutes; less is too little for models of GPT-2 Large's size beside the rest, or to compile FlexAttention
-)
+# In fewer minutes there is no time for models of GPT-2 Large's size beside the rest, nor to compile FlexAttention, and
+# the paper's report takes less of everything.
+BRIEF, BRIEF_PAPER = 25.0, "--tokens 64 --seeds 1 --peer-seeds 0 --ablation-prompts 0"
 # Every kernel, and whole generations.
 KERNELS = ("tests/test_gpu_kernels.py", "tests/test_gpu_tiles.py", "tests/test_gpu_loop.py")
 # A CPU has seen captured iterations only with a stand-in for the graph: here all tests of these count.
@@ -63,9 +63,13 @@ def grown(folder: Path) -> Trio:
 def plan(flags: argparse.Namespace) -> list[Step]:
     """All steps, most wanted first. ``flags`` are those of ``profiling.suite``."""
     seconds, out = flags.budget_minutes * 60, flags.out
+    chain = []
+    if flags.oracle:
+        chain = _figures(flags, Trio("given", flags.oracle, flags.draft, flags.draft2))
+    elif flags.mini or flags.models_first or flags.budget_minutes >= BRIEF:
+        chain = _trained(flags)
     if flags.mini:
-        steps = [_tests(flags, "tests", 0.4, "tests/test_rows_of_a_pass.py"), *_microbenchmarks(flags, seconds)]
-        steps += _trained(flags)
+        steps = [_tests(flags, "tests", 0.4, "tests/test_rows_of_a_pass.py"), *_microbenchmarks(flags, seconds), *chain]
         return [replace(step, share=1.0) for step in steps]  # all of them are to finish, however slow the machine
     steps = [_tests(flags, "tests-kernels", 0.22, *KERNELS, "-m", "gpu", *parallel())]
     steps.append(_tests(flags, "tests-captured", 0.1, *CAPTURED, *parallel()))
@@ -76,11 +80,6 @@ def plan(flags: argparse.Namespace) -> list[Step]:
     steps += _microbenchmarks(flags, seconds)
     if own is not BUNDLED:
         steps.append(_timeline(flags, own, 0.07))
-    chain = []
-    if flags.oracle:
-        chain = _figures(flags, Trio("given", flags.oracle, flags.draft, flags.draft2))
-    elif flags.models_first or flags.budget_minutes >= BRIEF:
-        chain = _trained(flags)
     steps = chain + steps if flags.models_first else steps + chain
     if own is BUNDLED:
         steps.append(_latency(flags, own, 1.0, USUAL_PEERS))
@@ -193,17 +192,6 @@ def _paper(flags: argparse.Namespace, trio: Trio, share: float) -> Step:
     name = f"paper-{trio.name}"
     size = ("--quick", "--peers") if flags.mini else ("--limit", str(flags.paper_prompts))
     if not flags.mini and flags.budget_minutes < BRIEF:
-        size += (
-            "--tokens",
-            "64",
-            "--seeds",
-            "1",
-            "--peer-seeds",
-            "0",
-            "--ablation-prompts",
-            "0",
-            "--peers",
-            *USUAL_PEERS,
-        )
+        size += (*BRIEF_PAPER.split(), "--peers", *USUAL_PEERS)
     command = ("-m", "profiling.paper", "--out", str(flags.out / name), "--resume", *trio.paper_flags, *size)
     return Step(name, command + _prompts(flags), share, trio.needs, goes_on=True)

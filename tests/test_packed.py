@@ -183,10 +183,9 @@ def test_what_follows_a_product(then, width):
 
 def test_gelu_of_extremes():
     """NaN stays NaN; the largest numbers, infinity and zero are themselves, the smallest vanish."""
-    x = torch.tensor([[math.nan, math.inf, 3e38, 0.0, -100.0, -3e37]])
+    x = torch.tensor([[math.nan, math.inf, 3e38, 0.0, -100.0, -3e38]])
     finish(x.numpy(), np.float32(1), np.zeros(6, np.float32), True, NO_RESIDUAL)
-    assert x[0, 0].isnan() and x[0, 1:4].tolist() == [math.inf, torch.tensor(3e38).item(), 0.0]
-    assert x[0, 4:].abs().max() < 1
+    assert x[0, 0].isnan() and x[0, 1:].tolist() == [math.inf, torch.tensor(3e38).item(), 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,8 @@ def test_in_miniature_no_step_has_a_limit_of_its_own(tmp_path):
     """A first call compiles for most of a minute, on a slow machine for minutes: no reason to stop a step."""
     assert {step.share for step in plan(flags(tmp_path, "--mini"))} == {1.0}
     assert max(step.share for step in plan(flags(tmp_path))[:3]) < 1
+    given = [step.name for step in plan(flags(tmp_path, "--mini", "--oracle", "a"))]
+    assert given[-3:] == ["timeline-given", "latency-given", "paper-given"] and "train-oracle" not in given
 
 
 @pytest.mark.parametrize(

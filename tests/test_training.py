@@ -1,9 +1,9 @@
 """The code that made the bundled models, in miniature: that training learns, goes on after a kill, and makes a trio."""
 
-import ctypes
 import itertools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from decoding import StagedDecoder, cli, make
-from model import bundle, growth, samples, training
+from model import bundle, growth, samples, signals, training
 from model.training_config import TrainingConfig
 from tests.test_corpus import source, write
 
@@ -229,6 +229,40 @@ def test_a_run_that_is_asked_to_end_saves_first(sent, tmp_path):
     assert state["step"] == step > 0 and 0.0 < state["seconds"] < 30.0
 
 
+def test_signals_of_a_run(tmp_path):
+    """An exception after the end was asked for saves, but not in the middle of an update; what is ignored stays so, and
+    what was handled before is handled again."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT)]
+    for is_updating in (False, True):
+        trainer = training.Trainer(replace(CONFIG, steps=5), periodic_ids(0), compiled=False)
+        rows = training.train(trainer, periodic_ids(0), tmp_path, 60.0)
+        next(rows)
+        signal.raise_signal(signal.SIGINT)
+        (tmp_path / training.LATEST).unlink(missing_ok=True)
+
+        def killed(trainer=trainer, is_updating=is_updating) -> float:
+            trainer.is_updating = is_updating
+            raise RuntimeError("the compiler was killed")
+
+        trainer.train_step = killed
+        with pytest.raises(RuntimeError if is_updating else KeyboardInterrupt):
+            next(rows)
+        assert (tmp_path / training.LATEST).exists() != is_updating
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT)] == before
+    trainer = training.Trainer(replace(CONFIG, steps=1), periodic_ids(0), compiled=False)
+    last = training.train(trainer, periodic_ids(0), tmp_path)
+    assert next(last)["progress"] == 1.0
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        next(last)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.handled({signal.SIGINT: signals.End()}):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+
+
 def test_text_of_another_tokenizer_is_not_trained_on(tmp_path, capsys):
     text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
     sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --steps 2 --no-compile"
@@ -237,13 +271,29 @@ def test_text_of_another_tokenizer_is_not_trained_on(tmp_path, capsys):
     cli.main([*common, "--out", str(run), "--vocab-size", "300"])
     cli.main([*common, "--out", str(other), "--vocab-size", "310"])
     assert "text as stored" not in capsys.readouterr().out
-    for wrong in (["--vocab-size", "320"], [], ["--tokenizer", str(other)]):
+    given = tmp_path / "given"
+    cli.main([*common, "--out", str(given), "--tokenizer", str(other)])
+    for folder, *wrong in (
+        (run, "--vocab-size", "320"),
+        (run,),
+        (run, "--tokenizer", str(other)),
+        (given, "--vocab-size", "310"),
+        (given, "--tokenizer", str(run)),
+    ):
         with pytest.raises(SystemExit):
-            cli.main([*common, "--out", str(run), *wrong])
+            cli.main([*common, "--out", str(folder), *wrong])
         assert "in the tokens of another tokenizer" in capsys.readouterr().err
-    for right in (["--vocab-size", "300"], ["--tokenizer", str(run)]):
-        cli.main([*common, "--out", str(run), *right])
+    for folder, *right in (
+        (run, "--vocab-size", "300"),
+        (run, "--tokenizer", str(run)),
+        (given, "--tokenizer", str(other)),
+    ):
+        cli.main([*common, "--out", str(folder), *right])
         assert "text as stored" in capsys.readouterr().out
+    for size in ("256", "-5", "65537"):
+        with pytest.raises(SystemExit):
+            cli.main([*common, "--out", str(tmp_path / "none"), "--vocab-size", size])
+        assert "vocab-size must be from 257" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -254,6 +304,7 @@ def test_text_of_another_tokenizer_is_not_trained_on(tmp_path, capsys):
         ({"short_window": 0}, "short_window must be at least 2"),
         ({"short_window": 65}, "short_window must be at most context"),
         ({"tokens_per_step": 63}, "tokens_per_step must be at least context"),
+        ({"decay_share": 0.0}, "decay_share must be above 0"),
         ({"decay_share": 2.0}, "decay_share must be from 0 to 1"),
         ({"teacher_share": float("nan")}, "teacher_share must be from 0 to 1"),
         ({"learning_rate": 0.0}, "got learning_rate 0.0, warmup_steps 5"),
@@ -370,7 +421,7 @@ print(faults() - before)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc, to whose malloc it speaks")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, to whose malloc it speaks")
 def test_freed_memory_is_used_again():
     """Pages of a tensor of 64 MB, made and freed again and again, come from the kernel each time, or at first only."""
     root = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ except ImportError as error:
     njit = None
 
 COMPILES = njit is not None
-cold_folders: list[Path] = []  # in which this process found no machine code of these sources: it will compile, once
+_folders: set[Path] = set()  # of machine code
 _MOST_VIEWS = 16
 
 
@@ -36,8 +36,15 @@ def compiled(loop: Callable) -> Callable:
         function = njit(loop, cache=True, error_model="numpy")
     except RuntimeError:  # no folder to keep it in
         return njit(loop, error_model="numpy")
-    _forget_what_is_stale(Path(function.stats.cache_path))
+    folder = Path(function.stats.cache_path)
+    _forget_what_is_stale(folder)
+    _folders.add(folder)
     return function
+
+
+def is_cold() -> bool:
+    """Whether no machine code lies ready: then what comes first compiles, for a minute or so."""
+    return COMPILES and not any(list(folder.glob("*.nbi")) for folder in _folders)
 
 
 @cache
@@ -50,7 +57,6 @@ def _forget_what_is_stale(folder: Path) -> None:
     try:
         if note.exists() and note.read_text() == digest:
             return
-        cold_folders.append(folder)
         for kept in folder.glob("*.nb[ci]"):
             kept.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ def finish(sums, scale, bias, is_gelu, residual):
             for i in range(len(y)):
                 x = y[i]
                 u2 = np.float32(1.5957691216057308) * (x + np.float32(0.044715) * x * x * x)  # 2 sqrt(2 / pi)
-                e = exp(-abs(u2))
+                e = exp(-abs(u2)) if abs(u2) < np.float32(87) else np.float32(0)
                 y[i] = x * (np.float32(1) if u2 > np.float32(0) else e) / (np.float32(1) + e)
         elif len(residual):
             for i in range(len(y)):

@@ -76,7 +76,7 @@ class Packed:
             y = _activated(F.linear(x, self._parts[0], bias), activation)
         else:
             sums, scale = self._parts[0](x.float()), self._parts[1]
-            if COMPILES and self.dtype == torch.float32 and bias is not None and activation != "gelu":
+            if COMPILES and self.dtype == torch.float32 and bias is not None and activation in (None, "gelu_tanh"):
                 added = NO_RESIDUAL if residual is None else residual.numpy()
                 finish(sums.numpy(), np.float32(scale), bias.numpy(), activation is not None, added)
                 return sums
