@@ -50,9 +50,6 @@ def test_another_process(shape, tmp_path):
     """A fresh process computes the same bits: nothing was tuned, timed or left over in this one."""
     program = f"""
 import torch
-from tests import interpreter
-if interpreter.INTERPRETING:
-    interpreter.install()
 from tests import bit_exact_models
 torch.save(bit_exact_models.example({shape!r}, torch.float16)[2].cpu(), {str(tmp_path / "logits")!r})
 """
