@@ -45,7 +45,7 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
     if stored.exists():
         asked, kept = None if tokenizer_dir else _vocab_size(flags), _tokenizer(flags.out)
         if tokenizer_dir is not None:
-            is_other = _law(_tokenizer(tokenizer_dir)) != _law(kept)
+            is_other = _rules(_tokenizer(tokenizer_dir)) != _rules(kept)
         else:  # folders of before have no note
             noted = json.loads((flags.out / SOURCES).read_text()).get("vocab_size", asked)
             is_other = noted != asked or kept.get_vocab_size() > asked
@@ -76,8 +76,8 @@ def _vocab_size(flags: argparse.Namespace) -> int:
     return TrainingConfig.vocab_size if flags.vocab_size is None else flags.vocab_size
 
 
-def _law(tokenizer: Tokenizer) -> dict:
-    """Vocabulary and merges."""
+def _rules(tokenizer: Tokenizer) -> dict:
+    """What makes tokens of text: vocabulary and merges."""
     return json.loads(tokenizer.to_str())["model"]
 
 

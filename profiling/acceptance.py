@@ -1,11 +1,11 @@
 """Tokens per oracle pass: what trees of 8 and 36 nodes are worth, greedy and sampled, beside the paper's rule.
 
-    python -m profiling.acceptance --prompts DIR [--count 24] [--tokens 64] [--out profiling/results]
+    python -m profiling.acceptance --prompts DIR [--count 24] [--tokens 64] [--out DIR]
 
 Draft trees with and without draft² over MBPP prompts, with the bundled trio. "Shared noise" is this project's rule:
 every stage draws with the oracle's noise and scores paths by perturbed margins. "Paper's rule": stages rank by their
 own probabilities, the oracle draws independently. Loops flatter speculation, so the share of 8-grams that repeat stands
-beside every figure. Writes ``acceptance.json`` and ``acceptance.md``.
+beside every figure. With --out, ``acceptance.json`` and ``acceptance.md``.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """The figures and the picture of the README's first screen: every method on the demo prompts, one coloured completion.
 
-    python -m profiling.demo [--dtype DTYPE] [--tokens 128] [--repeats 3] [--out profiling/results]
+    python -m profiling.demo [--dtype DTYPE] [--tokens 128] [--repeats 3] [--out DIR]
 
-The same comparison as ``make demo``, greedy and sampled; the median of ``--repeats`` runs by tokens per second. Writes
-``demo.json``, ``demo.md`` and ``demo.svg``.
+The same comparison as ``make demo``, greedy and sampled; the median of ``--repeats`` runs by tokens per second. With
+--out, ``demo.json``, ``demo.md`` and ``demo.svg``.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """Greedy equality in float32: every method and chain depth gives Hugging Face's own tokens.
 
-    python -m profiling.equality --prompts DIR [--tokens 64] [--limit N] [--jobs N] [--out profiling/results]
+    python -m profiling.equality --prompts DIR [--tokens 64] [--limit N] [--jobs N] [--out DIR]
 
 For each prompt, plain greedy decoding by transformers is compared with every method of the bundled trio, with chains of
 one to four stages, and with drafts that are the oracle itself, the oracle plus noise, and the oracle drowned in noise
 (five times as large as the matrices' own spread). A difference is allowed only where transformers' own two best logits
-are closer than 1e-4; such places are listed. Writes ``equality.json`` and ``equality.md``; exits 1 on any other.
+are closer than 1e-4; such places are listed. With --out, ``equality.json`` and ``equality.md``. Exits 1 on any other.
 """
 
 import argparse

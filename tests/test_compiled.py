@@ -145,3 +145,13 @@ def test_numpy_views_of_a_structure_are_kept_by_identity():
         assert compiled_module.in_numpy(structure(number)).seed.tolist() == [number, number]
     assert len(compiled_module._views) <= compiled_module._MOST_VIEWS
     assert compiled_module.in_numpy(first).seed.tolist() == [7.0, 7.0]
+
+
+@pytest.mark.skipif(not compiled_module.COMPILES, reason="needs numba, which keeps machine code")
+def test_whether_machine_code_lies_ready(tmp_path, monkeypatch):
+    """A note of the sources, which every import leaves, is not machine code yet; what numba has kept is."""
+    monkeypatch.setattr(compiled_module, "_folders", {tmp_path})
+    (tmp_path / "sources.sha256").touch()
+    assert compiled_module.is_cold()
+    (tmp_path / "verify._walk-1.py311.nbi").touch()
+    assert not compiled_module.is_cold()

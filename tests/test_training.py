@@ -1,7 +1,6 @@
-"""The code that made the bundled models, in miniature: that training learns, goes on after a kill, and makes a trio."""
+"""Training in miniature: that it learns, keeps its budget, goes on where it was, and ends when it is asked to."""
 
 import itertools
-import json
 import os
 import platform
 import signal
@@ -14,12 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from decoding import StagedDecoder, cli, make
-from model import bundle, growth, samples, signals, training
+from model import growth, samples, signals, training
 from model.training_config import TrainingConfig
-from tests.test_corpus import source, write
 
 CONFIG = TrainingConfig(
     layers=1, width=64, vocab_size=50, context=64, steps=60, tokens_per_step=256, short_window=16, warmup_steps=5
@@ -166,11 +162,8 @@ def test_a_larger_budget_goes_on_from_before_the_decay(tmp_path):
 def test_a_stopped_process_spends_no_budget(monkeypatch, tmp_path):
     """A step in which the process was told to go on counts as long as the one before; the first, and any other one, as
     it took."""
-    trainer, seconds = (
-        training.Trainer(replace(CONFIG, steps=3), periodic_ids(0), compiled=False),
-        iter((0.2, 2.0, 0.4)),
-    )
-    loss_of, stops = training.loss_of, iter((True, True, False))
+    trainer = training.Trainer(replace(CONFIG, steps=3), periodic_ids(0), compiled=False)
+    loss_of, seconds, stops = training.loss_of, iter((0.2, 2.0, 0.4)), iter((True, True, False))
 
     def slow(*arguments):
         time.sleep(next(seconds))
@@ -187,46 +180,18 @@ def test_a_stopped_process_spends_no_budget(monkeypatch, tmp_path):
     assert signal.getsignal(signal.SIGCONT) == before
 
 
-def test_the_command_survives_a_kill_at_any_moment(tmp_path):
-    """``train-oracle``, killed while it runs and started again, ends with the weights of an undisturbed run."""
-    write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
-    sizes = "--layers 1 --width 64 --vocab-size 300 --context 64 --short-window 16 --tokens-per-step 256 --steps 40"
-    command = [sys.executable, "-m", "decoding", "train-oracle", "--data", str(tmp_path / "text"), "--no-compile"]
-    command += [*sizes.split(), "--checkpoint-minutes", "0", "--out"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=300)
-    killed = tmp_path / "killed"
-    with subprocess.Popen([*command, str(killed)], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if "step 12 " in line:
-                process.kill()
-    ended = subprocess.run([*command, str(killed)], check=True, capture_output=True, text=True, timeout=300)
-    assert "goes on after step" in ended.stdout
-    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    card = json.loads((killed / "training.json").read_text())
-    assert card["sources"][0]["files"] == 120 and card["log"][-1]["progress"] == 1.0
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_end_saves_first(sent, tmp_path):
-    """Long before its next checkpoint: the step it is in is finished, kept, and gone on from."""
-    text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
-    command = [sys.executable, "-u", "-m", "decoding", "train-oracle", "--data", str(text)]
-    sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --no-compile"
-    budget = "--vocab-size 300 --minutes 0.5 --checkpoint-minutes 60"
-    command += [*sizes.split(), *budget.split(), "--out", str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if " step " in line:
-                process.send_signal(sent)
-                break
-        lines += process.stdout.readlines()
-    assert process.returncode == (130 if sent == signal.SIGINT else 128 + sent)
-    step = int(lines[-1].split("stopped and saved after step ")[1].split(":")[0])
-    state = torch.load(tmp_path / "run" / training.LATEST, weights_only=True)
-    assert state["step"] == step > 0 and 0.0 < state["seconds"] < 30.0
+def test_the_first_signal_asks_and_a_later_one_ends(monkeypatch):
+    """What a supervisor sends beside the terminal, at the same moment, is the first one still."""
+    raised, now = [], iter((10.0, 10.5, 11.5))
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(signals.signal, "signal", lambda number, handler: raised.append(handler))
+    monkeypatch.setattr(signals.signal, "raise_signal", raised.append)
+    end = signals.End()
+    end(signal.SIGINT, None)
+    end(signal.SIGTERM, None)
+    assert end.number == signal.SIGINT and not raised
+    end(signal.SIGTERM, None)
+    assert raised == [signal.SIG_DFL, signal.SIGTERM]
 
 
 def test_signals_of_a_run(tmp_path):
@@ -263,39 +228,6 @@ def test_signals_of_a_run(tmp_path):
         signal.signal(signal.SIGINT, before[0])
 
 
-def test_text_of_another_tokenizer_is_not_trained_on(tmp_path, capsys):
-    text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
-    sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --steps 2 --no-compile"
-    run, other = tmp_path / "run", tmp_path / "other"
-    common = ["train-oracle", "--data", str(text), *sizes.split()]
-    cli.main([*common, "--out", str(run), "--vocab-size", "300"])
-    cli.main([*common, "--out", str(other), "--vocab-size", "310"])
-    assert "text as stored" not in capsys.readouterr().out
-    given = tmp_path / "given"
-    cli.main([*common, "--out", str(given), "--tokenizer", str(other)])
-    for folder, *wrong in (
-        (run, "--vocab-size", "320"),
-        (run,),
-        (run, "--tokenizer", str(other)),
-        (given, "--vocab-size", "310"),
-        (given, "--tokenizer", str(run)),
-    ):
-        with pytest.raises(SystemExit):
-            cli.main([*common, "--out", str(folder), *wrong])
-        assert "in the tokens of another tokenizer" in capsys.readouterr().err
-    for folder, *right in (
-        (run, "--vocab-size", "300"),
-        (run, "--tokenizer", str(run)),
-        (given, "--tokenizer", str(other)),
-    ):
-        cli.main([*common, "--out", str(folder), *right])
-        assert "text as stored" in capsys.readouterr().out
-    for size in ("256", "-5", "65537"):
-        with pytest.raises(SystemExit):
-            cli.main([*common, "--out", str(tmp_path / "none"), "--vocab-size", size])
-        assert "vocab-size must be from 257" in capsys.readouterr().err and not (tmp_path / "none").exists()
-
-
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -313,53 +245,6 @@ def test_text_of_another_tokenizer_is_not_trained_on(tmp_path, capsys):
 def test_what_no_run_can_be_is_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         replace(CONFIG, **wrong)
-
-
-def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
-    """Oracle, a draft that also learns from the oracle's own text, a table counted on what the draft writes."""
-    text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
-    oracle, draft, draft2 = (str(tmp_path / name) for name in ("oracle", "draft", "draft2"))
-    sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --steps 4"
-    sizes = [*sizes.split(" "), "--no-compile"]
-    data = ["--data", str(text)]
-    cli.main(["train-oracle", "--out", oracle, *data, *sizes, "--vocab-size", "300"])
-    with pytest.raises(SystemExit):
-        cli.main(["train-draft", "--oracle", str(tmp_path / "absent"), "--out", draft, *data, *sizes])
-    assert "no trained model in" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["train-oracle", "--out", draft, *data, "--tokenizer", oracle, "--vocab-size", "300"])
-    assert "give one of --tokenizer and --vocab-size" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["train-oracle", "--out", draft, *data, "--width", "96"])
-    assert "width must be a multiple of 64" in capsys.readouterr().err and not Path(draft).exists()
-    with pytest.raises(SystemExit):
-        cli.main(["train-oracle", "--out", draft, *data, "--minutes", "0"])
-    assert "minutes must be above 0, or steps given" in capsys.readouterr().err and not Path(draft).exists()
-    for share in ("0", "1", "nan"):
-        with pytest.raises(SystemExit):
-            cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-share", share])
-        assert "own-share must be above 0 and below 1" in capsys.readouterr().err and not Path(draft).exists()
-    cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-text", "64"])
-    stored = np.load(tmp_path / "draft" / "own_text.npy")
-    assert stored.dtype == np.uint16 and len(stored) >= 64 and stored.max() < 300
-    with np.load(tmp_path / "draft" / "tokens.npz") as tokens:  # too little of its own for half of what is learnt from
-        learnt = json.loads((tmp_path / "draft" / "training.json").read_text())["text_tokens"]
-        assert learnt == len(tokens["train"]) + make.MOST_REPEATS * len(stored)
-    assert "the oracle's own text is" in capsys.readouterr().out
-    cli.main(["build-draft2", "--tokenizer", oracle, "--model", draft, "--samples", "64", "--out", draft2, *data])
-    cli.main(["build-draft2", "--tokenizer", oracle, "--out", draft2 + "_text", *data])
-    origins = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("draft2", "draft2_text")]
-    assert origins[0]["estimated_from"] == "text that draft wrote at temperature 1.5"
-    assert origins[1]["estimated_from"] == "text" and origins[0]["tokens"] < origins[1]["tokens"]
-    assert json.loads((tmp_path / "oracle" / "config.json").read_text())["eos_token_id"] == 0, "that of the tokenizer"
-    decoder = StagedDecoder.from_pretrained(oracle, draft, draft2)
-    prompt = "def name_1_2(argument):"
-    outs = [decoder.generate(prompt, 12, method=method, ignore_eos=True) for method in ("baseline", "staged")]
-    assert outs[0].new_token_ids == outs[1].new_token_ids
-    size = bundle.pack(tmp_path / "oracle", tmp_path / "packed")
-    card = (tmp_path / "packed" / "README.md").read_text()
-    assert size < 1e6 and "| text | unknown | 120 |" in card and "held-out loss" in card
-    assert card.count("```python") == 2 * len(bundle.PROMPTS) and "def read_lines(path):" in card
 
 
 def test_one_block_is_compiled_for_all(monkeypatch):
@@ -382,15 +267,6 @@ def test_one_block_is_compiled_for_all(monkeypatch):
     losses = [[run.train_step() for _ in range(4)] for run in runs]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert len(graphs) == 2, "the student's and the teacher's"
-
-
-def test_share_of_the_oracles_own_text():
-    """A thousand tokens of its own beside ten thousand are a part of what is learnt, and are not learnt by heart."""
-    text, own = np.zeros(10_000, np.uint16), np.ones(1000, np.uint16)
-    assert make.blend(text, own, 0.2).mean() == pytest.approx(0.2, abs=0.04)
-    assert make.blend(text, own, 0.5).sum() == 4000, "never more than four times"
-    assert make.blend(text, own, 0.001).sum() == 1000, "never less than once"
-    assert make.blend(text, own, 0.5).dtype == np.uint16
 
 
 def test_text_that_a_model_writes_follows_its_law():

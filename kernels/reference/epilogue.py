@@ -10,7 +10,7 @@ NO_RESIDUAL = np.empty((0, 0), np.float32)
 
 @compiled
 def finish(sums, scale, bias, is_gelu, residual):
-    """``sums`` [N, M] become gelu(bias + scale * sums), or residual + bias + scale * sums, in place; bias [M].
+    """``sums`` [N, M] become y = bias + scale * sums, or gelu(y), or residual + y, in place; bias [M], residual [N, M].
 
     The tanh form of gelu (Hendrycks and Gimpel 2016), x (1 + tanh(u)) / 2, is x / (1 + e^-2u): one exponential, and
     nothing cancels where x is far below zero.

@@ -1,0 +1,147 @@
+"""The commands that made the bundled models, in miniature: they go on when killed, refuse wrong flags."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from decoding import StagedDecoder, cli, make
+from model import bundle, training
+from tests.test_corpus import source, write
+
+
+def test_the_command_survives_a_kill_at_any_moment(tmp_path):
+    """``train-oracle``, killed while it runs and started again, ends with the weights of an undisturbed run."""
+    write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
+    sizes = "--layers 1 --width 64 --vocab-size 300 --context 64 --short-window 16 --tokens-per-step 256 --steps 40"
+    command = [sys.executable, "-m", "decoding", "train-oracle", "--data", str(tmp_path / "text"), "--no-compile"]
+    command += [*sizes.split(), "--checkpoint-minutes", "0", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=300)
+    killed = tmp_path / "killed"
+    with subprocess.Popen([*command, str(killed)], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "step 12 " in line:
+                process.kill()
+    ended = subprocess.run([*command, str(killed)], check=True, capture_output=True, text=True, timeout=300)
+    assert "goes on after step" in ended.stdout
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    card = json.loads((killed / "training.json").read_text())
+    assert card["sources"][0]["files"] == 120 and card["log"][-1]["progress"] == 1.0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_end_saves_first(sent, tmp_path):
+    """Long before its next checkpoint: the step it is in is finished, kept, and gone on from."""
+    text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
+    command = [sys.executable, "-u", "-m", "decoding", "train-oracle", "--data", str(text)]
+    sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --no-compile"
+    budget = "--vocab-size 300 --minutes 0.5 --checkpoint-minutes 60"
+    command += [*sizes.split(), *budget.split(), "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if " step " in line:
+                process.send_signal(sent)
+                break
+        lines += process.stdout.readlines()
+    assert process.returncode == (130 if sent == signal.SIGINT else 128 + sent)
+    step = int(lines[-1].split("stopped and saved after step ")[1].split(":")[0])
+    state = torch.load(tmp_path / "run" / training.LATEST, weights_only=True)
+    assert state["step"] == step > 0 and 0.0 < state["seconds"] < 30.0
+
+
+def test_text_of_another_tokenizer_is_not_trained_on(tmp_path, capsys):
+    text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
+    sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --steps 2 --no-compile"
+    run, other = tmp_path / "run", tmp_path / "other"
+    common = ["train-oracle", "--data", str(text), *sizes.split()]
+    cli.main([*common, "--out", str(run), "--vocab-size", "300"])
+    cli.main([*common, "--out", str(other), "--vocab-size", "310"])
+    assert "text as stored" not in capsys.readouterr().out
+    given = tmp_path / "given"
+    cli.main([*common, "--out", str(given), "--tokenizer", str(other)])
+    for folder, *wrong in (
+        (run, "--vocab-size", "320"),
+        (run,),
+        (run, "--tokenizer", str(other)),
+        (given, "--vocab-size", "310"),
+        (given, "--tokenizer", str(run)),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*common, "--out", str(folder), *wrong])
+        assert "in the tokens of another tokenizer" in capsys.readouterr().err
+    for folder, *right in (
+        (run, "--vocab-size", "300"),
+        (run, "--tokenizer", str(run)),
+        (given, "--tokenizer", str(other)),
+    ):
+        cli.main([*common, "--out", str(folder), *right])
+        assert "text as stored" in capsys.readouterr().out
+    for size in ("256", "-5", "65537"):
+        with pytest.raises(SystemExit):
+            cli.main([*common, "--out", str(tmp_path / "none"), "--vocab-size", size])
+        assert "vocab-size must be from 257" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
+    """Oracle, a draft that also learns from the oracle's own text, a table counted on what the draft writes."""
+    text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
+    oracle, draft, draft2 = (str(tmp_path / name) for name in ("oracle", "draft", "draft2"))
+    sizes = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 256 --steps 4"
+    sizes = [*sizes.split(" "), "--no-compile"]
+    data = ["--data", str(text)]
+    cli.main(["train-oracle", "--out", oracle, *data, *sizes, "--vocab-size", "300"])
+    with pytest.raises(SystemExit):
+        cli.main(["train-draft", "--oracle", str(tmp_path / "absent"), "--out", draft, *data, *sizes])
+    assert "no trained model in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train-oracle", "--out", draft, *data, "--tokenizer", oracle, "--vocab-size", "300"])
+    assert "give one of --tokenizer and --vocab-size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train-oracle", "--out", draft, *data, "--width", "96"])
+    assert "width must be a multiple of 64" in capsys.readouterr().err and not Path(draft).exists()
+    with pytest.raises(SystemExit):
+        cli.main(["train-oracle", "--out", draft, *data, "--minutes", "0"])
+    assert "minutes must be above 0, or steps given" in capsys.readouterr().err and not Path(draft).exists()
+    for share in ("0", "1", "nan"):
+        with pytest.raises(SystemExit):
+            cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-share", share])
+        assert "own-share must be above 0 and below 1" in capsys.readouterr().err and not Path(draft).exists()
+    cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-text", "64"])
+    stored = np.load(tmp_path / "draft" / "own_text.npy")
+    assert stored.dtype == np.uint16 and len(stored) >= 64 and stored.max() < 300
+    with np.load(tmp_path / "draft" / "tokens.npz") as tokens:  # too little of its own for half of what is learnt from
+        learnt = json.loads((tmp_path / "draft" / "training.json").read_text())["text_tokens"]
+        assert learnt == len(tokens["train"]) + make.MOST_REPEATS * len(stored)
+    assert "the oracle's own text is" in capsys.readouterr().out
+    cli.main(["build-draft2", "--tokenizer", oracle, "--model", draft, "--samples", "64", "--out", draft2, *data])
+    cli.main(["build-draft2", "--tokenizer", oracle, "--out", draft2 + "_text", *data])
+    origins = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("draft2", "draft2_text")]
+    assert origins[0]["estimated_from"] == "text that draft wrote at temperature 1.5"
+    assert origins[1]["estimated_from"] == "text" and origins[0]["tokens"] < origins[1]["tokens"]
+    assert json.loads((tmp_path / "oracle" / "config.json").read_text())["eos_token_id"] == 0, "that of the tokenizer"
+    decoder = StagedDecoder.from_pretrained(oracle, draft, draft2)
+    prompt = "def name_1_2(argument):"
+    outs = [decoder.generate(prompt, 12, method=method, ignore_eos=True) for method in ("baseline", "staged")]
+    assert outs[0].new_token_ids == outs[1].new_token_ids
+    size = bundle.pack(tmp_path / "oracle", tmp_path / "packed")
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert size < 1e6 and "| text | unknown | 120 |" in card and "held-out loss" in card
+    assert card.count("```python") == 2 * len(bundle.PROMPTS) and "def read_lines(path):" in card
+
+
+def test_share_of_the_oracles_own_text():
+    """A thousand tokens of its own beside ten thousand are a part of what is learnt, and are not learnt by heart."""
+    text, own = np.zeros(10_000, np.uint16), np.ones(1000, np.uint16)
+    assert make.blend(text, own, 0.2).mean() == pytest.approx(0.2, abs=0.04)
+    assert make.blend(text, own, 0.5).sum() == 4000, "never more than four times"
+    assert make.blend(text, own, 0.001).sum() == 1000, "never less than once"
+    assert make.blend(text, own, 0.5).dtype == np.uint16
