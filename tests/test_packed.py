@@ -154,6 +154,21 @@ def test_a_residual_is_added(num_rows, library, dtype):
     assert torch.equal(reference.linear_residual(x[-1:], matrix, bias, residual[-1:])[0], y[-1])
 
 
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("library", ["fbgemm", "onednn"])
+def test_an_activation_follows(library, activation):
+    """The one that was asked for, by every library: the two forms of gelu differ by up to 4e-4."""
+    weight = torch.randint(-127, 128, (96, 64)) / (128.0 if library == "fbgemm" else 127.0)
+    matrix = Packed(weight)
+    if matrix.library != library:
+        pytest.skip(f"needs products by {library}, this processor's are by {matrix.library}")
+    x, bias = torch.randn(7, 64) / 4, torch.randn(96)
+    wanted = F.linear(x.double(), weight.double(), bias.double())
+    if activation is not None:
+        wanted = F.gelu(wanted, approximate="tanh" if activation == "gelu_tanh" else "none")
+    torch.testing.assert_close(linear.linear(x, matrix, bias, activation).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("width", [1, 31, 64, 100, 1536])
 @pytest.mark.parametrize("then", ["nothing", "gelu", "residual"])
 def test_what_follows_a_product(then, width):
