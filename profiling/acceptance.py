@@ -18,6 +18,7 @@ from rich.progress import track
 
 from decoding import SpeculationConfig, StagedDecoder
 from profiling import machine, prompts
+from profiling.flags import count
 
 TOP_K = {"do_sample": True, "top_k": 50, "temperature": 1.0}
 RULES = {
@@ -98,9 +99,9 @@ def markdown(rows: list[dict], about: dict, conditions: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=prompts.folder_with(prompts.MBPP), required=True)
-    parser.add_argument("--count", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--count", type=count, default=24)
+    parser.add_argument("--tokens", type=count, default=64)
+    parser.add_argument("--seeds", type=count, default=2)
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
     decoder = StagedDecoder.from_pretrained()

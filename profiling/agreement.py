@@ -25,6 +25,7 @@ from kernels.reference import lookup
 from model.gpt2 import GPT2
 from profiling import machine, prompts
 from profiling.acceptance import repeated_share
+from profiling.flags import count
 
 SETTINGS = {
     "greedy": SamplingConfig(),
@@ -119,8 +120,8 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=prompts.folder_with(prompts.MBPP), help="folder with mbpp/mbpp.jsonl; default: three prompts"
     )
-    parser.add_argument("--count", type=int, default=40, help="of --prompts (default: 40)")
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--count", type=count, default=40, help="of --prompts (default: 40)")
+    parser.add_argument("--tokens", type=count, default=64)
     parser.add_argument("--out", type=Path, help="folder for agreement.json and agreement.md")
     flags = parser.parse_args()
     decoders = {}

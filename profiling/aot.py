@@ -30,6 +30,7 @@ from kernels.gpu.launch import interpreting, record
 from kernels.gpu.linear import linear
 from profiling.aot_snapshot import differences, label, load_snapshot, write_snapshot
 from profiling.cost import model_table, occupancy
+from profiling.flags import count
 from profiling.iteration import iteration
 from profiling.machine import describe
 from profiling.machine_code import TARGETS, Report, Source, launches, source_of, try_compile
@@ -240,7 +241,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="rewrite that snapshot; takes every default")
     parser.add_argument("--model", action="store_true", help="print the cost model's tables for GPT-2 Large and stop")
     parser.add_argument("--out", type=Path, help="with --model: also write them here, as Markdown")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=count, default=os.cpu_count())
     args = parser.parse_args(argv)
     chosen = (args.arch, args.shapes, args.dtypes, args.head_dims)
     args.complete = not args.reduced and not any(chosen)

@@ -22,6 +22,7 @@ from decoding.decoder import BUNDLED
 from decoding.display import coloured, legend, stage_styles
 from profiling import machine
 from profiling.acceptance import repeated_share
+from profiling.flags import count
 
 SETTINGS = {"greedy": {}, "top-k 50, T = 1": {"do_sample": True, "top_k": 50, "temperature": 1.0}}
 
@@ -68,8 +69,8 @@ def picture(text: Text, key: Text) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="auto", help="float32 or bfloat16; default: what suits this processor")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=count, default=128)
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
     decoder = StagedDecoder.from_pretrained(dtype=flags.dtype)

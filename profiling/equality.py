@@ -25,6 +25,7 @@ from decoding.compare import HFGenerate, first_difference
 from decoding.config import METHODS, chain
 from decoding.decoder import BUNDLED
 from profiling import machine, prompts
+from profiling.flags import count
 
 TIE = 1e-4
 
@@ -131,9 +132,9 @@ def run_bundled(prompts_by_index: dict[int, list[int]], num_tokens: int, threads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=prompts.folder_with(prompts.HUMANEVAL), required=True)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--limit", type=int, help="only the first N prompts")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the prompts")
+    parser.add_argument("--tokens", type=count, default=64)
+    parser.add_argument("--limit", type=count, help="only the first N prompts")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes that share the prompts")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
     decoder = StagedDecoder.from_pretrained(device="cpu", dtype="float32")

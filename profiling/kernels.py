@@ -33,6 +33,7 @@ from kernels import reference
 from profiling import passes, roofline
 from profiling.calls import TOLERANCES, Call, bind, check, make_calls, relative_error, run
 from profiling.comparators import Comparator, as_rows, comparators, flex_comparator
+from profiling.flags import count
 from profiling.markdown import kernel_tables
 from profiling.rows import Rows, about, timed
 from profiling.shapes import SHAPES, Operation, Shape
@@ -304,15 +305,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=names, default=["gpt2-large", "gpt2", "gpt2-medium", "gpt2-xl"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 128])
+    parser.add_argument("--rows", type=count, nargs="+", default=[1, 16, 64, 128])
     known = list(make_calls(TINY, 1, torch.float32, torch.device("cpu"), 9)[0])
     parser.add_argument(
         "--operations", nargs="+", choices=known, default=(), help="these alone; default: all, and passes"
     )
-    parser.add_argument("--text-length", type=int, default=512, help="committed tokens before the tree")
-    parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--text-length", type=count, default=512, help="committed tokens before the tree")
+    parser.add_argument("--samples", type=count, default=40)
     parser.add_argument("--budget-seconds", type=float, default=480)
-    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--jobs", type=count, default=min(16, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU with the torch twins")
     parser.add_argument("--out", type=Path, default=Path("profiling/results"))

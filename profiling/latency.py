@@ -42,6 +42,7 @@ from decoding.config import METHODS
 from decoding.decoder import BUNDLED
 from model import weights
 from profiling import machine, memory, peers, prompts
+from profiling.flags import count, counts
 from profiling.latency_table import markdown
 
 PERCENTAGES = (10, 25, 50, 75, 90, 99)
@@ -212,10 +213,10 @@ def rows_of(found: dict[str, Runs], systems: list, prompt_ids: list[list[int]], 
 
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--input-len", type=lengths, default=[32], help="tokens of the prompt; 32,128,512 for a sweep")
-    flags.add_argument("--output-len", type=lengths, default=[128], help="new tokens; a list for a sweep")
+    flags.add_argument("--input-len", type=counts, default=[32], help="tokens of the prompt; 32,128,512 for a sweep")
+    flags.add_argument("--output-len", type=counts, default=[128], help="new tokens; a list for a sweep")
     flags.add_argument("--batch-size", type=int, default=1, choices=[1], help="one sequence at a time is all there is")
-    flags.add_argument("--num-iters", type=int, default=30)
+    flags.add_argument("--num-iters", type=count, default=30)
     flags.add_argument("--num-iters-warmup", type=int, default=10)
     flags.add_argument("--output-json", type=Path, help="also writes the table beside it, as .md")
     flags.add_argument("--method", nargs="+", choices=METHODS, help="default: all that the stages allow")
@@ -233,14 +234,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--seed", type=int, default=0)
     add_model_flags(flags)
     return flags
-
-
-def lengths(text: str) -> list[int]:
-    """Comma-separated numbers of tokens."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"lengths must be at least 1, got {text}")
-    return values
 
 
 def sampling_of(flags: argparse.Namespace) -> dict[str, Any]:
@@ -281,10 +274,8 @@ def load_systems(flags: argparse.Namespace, skipped: dict[str, str]) -> tuple[St
 
 def benchmark(flags: argparse.Namespace) -> dict:
     """All rows and what they were measured with; written after every pair of lengths where a file was named."""
-    if flags.num_iters < 1 or flags.num_iters_warmup < 0:
-        raise ValueError(
-            f"num-iters must be at least 1 and num-iters-warmup 0, got {flags.num_iters, flags.num_iters_warmup}"
-        )
+    if flags.num_iters_warmup < 0:
+        raise ValueError(f"num-iters-warmup must be at least 0, got {flags.num_iters_warmup}")
     sampling, skipped = sampling_of(flags), {}
     decoder, systems, load_hf = load_systems(flags, skipped)
     make_prompts, described = prompts_of(flags, decoder)

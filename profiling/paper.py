@@ -20,6 +20,7 @@ from pathlib import Path
 
 from profiling import machine, prompts
 from profiling.demo import SETTINGS
+from profiling.flags import count
 from profiling.paper_output import write
 from profiling.paper_runs import FIXED, STOP_STRINGS, STOPPED, Method, OwnGap, TokensDiffer, run_case
 from profiling.paper_session import Config, Session, cases, load, suites
@@ -99,16 +100,16 @@ def main() -> int:
         help="folder with humaneval/HumanEval.jsonl.gz; default: our own set",
     )
     source.add_argument("--hub", action="store_true", help="HumanEval from the hub")
-    parser.add_argument("--limit", type=int, help="only the first prompts")
-    parser.add_argument("--tokens", type=int, default=Config.tokens, help="new tokens of a generation, at most")
-    parser.add_argument("--seeds", type=int, default=Config.seeds, help="when sampling")
+    parser.add_argument("--limit", type=count, help="only the first prompts")
+    parser.add_argument("--tokens", type=count, default=Config.tokens, help="new tokens of a generation, at most")
+    parser.add_argument("--seeds", type=count, default=Config.seeds, help="when sampling")
     parser.add_argument(
         "--peer-seeds", type=int, default=Config.peer_seeds, help="of them, for peers; 0: peers are greedy only"
     )
     parser.add_argument("--peers", nargs="*", choices=NAMES, help="default: all that make sense here; none: no peers")
     parser.add_argument("--ablation-prompts", type=int, default=Config.ablation_prompts, help="0: no ablations")
-    parser.add_argument("--ablation-tokens", type=int, default=Config.ablation_tokens)
-    parser.add_argument("--samples", type=int, default=Config.samples, help="of a point of the roofline")
+    parser.add_argument("--ablation-tokens", type=count, default=Config.ablation_tokens)
+    parser.add_argument("--samples", type=count, default=Config.samples, help="of a point of the roofline")
     parser.add_argument("--resume", action="store_true", help="go on from what OUT/journal has")
     parser.add_argument("--quick", action="store_true", help="everything in miniature")
     flags = vars(parser.parse_args())

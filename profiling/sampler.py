@@ -23,6 +23,7 @@ import torch
 
 from kernels import reference
 from kernels.layout import VOCAB_TILE, Sampling
+from profiling.flags import count
 from profiling.iteration import NODES, WIDTH, iteration
 from profiling.rows import Rows, about
 from profiling.timing import Timing, first_line, measure
@@ -172,9 +173,9 @@ def markdown(document: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--rows", type=count, nargs="+", default=[1, 16, 64])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--samples", type=count, default=40)
     parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU with the torch twins")
     parser.add_argument("--out", type=Path, default=Path("profiling/results"))
     flags = parser.parse_args()

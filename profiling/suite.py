@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from profiling import machine, prompts
+from profiling.flags import count
 from profiling.rows import about, write_whole
 from profiling.suite_report import write_report
 from profiling.suite_steps import ROOT, Step, plan
@@ -188,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these although they have finished")
     flags.add_argument("--tune", action="store_true", help="also tune tiles")
     flags.add_argument("--models-first", action="store_true", help="make and measure models before everything else")
-    flags.add_argument("--paper-prompts", type=int, default=16, metavar="N", help="of profiling.paper")
+    flags.add_argument("--paper-prompts", type=count, default=16, metavar="N", help="of profiling.paper")
     flags.add_argument(
         "--prompts",
         type=prompts.folder_with(prompts.HUMANEVAL),

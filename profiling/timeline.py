@@ -30,6 +30,7 @@ from decoding import StagedDecoder
 from decoding.cli import add_model_flags, load_decoder
 from decoding.compare import DEMO_PROMPTS, available_methods
 from profiling import chart, machine, prompts, timeline_tables, trace
+from profiling.flags import count
 from profiling.instruction_samples import INTERPRETER, owners, sampling
 from profiling.spans import PREFILL, Run, bytes_moved, generate, instrumented
 
@@ -225,9 +226,9 @@ def parser() -> argparse.ArgumentParser:
         type=prompts.folder_with(prompts.HUMANEVAL),
         help="folder with humaneval/HumanEval.jsonl.gz; default: three prompts",
     )
-    flags.add_argument("--count", type=int, default=8, help="prompts; on a GPU the first one is traced")
-    flags.add_argument("--tokens", type=int, default=64)
-    flags.add_argument("--iterations", type=int, default=8, help="in the trace of a CPU")
+    flags.add_argument("--count", type=count, default=8, help="prompts; on a GPU the first one is traced")
+    flags.add_argument("--tokens", type=count, default=64)
+    flags.add_argument("--iterations", type=count, default=8, help="in the trace of a CPU")
     flags.add_argument("--ranges", choices=["nvtx", "proton"], help="a GPU: only run, under ranges for another tool")
     flags.add_argument("--out", type=Path, help="folder for rows, table and traces")
     add_model_flags(flags)

@@ -197,7 +197,7 @@ def test_a_sampled_run_with_a_peer_that_is_not_installed(stages, tmp_path, monke
         (["--random", "--input-len", "90", "--output-len", "7"], "input-len \\+ output-len is 97, .* context 96"),
         (["--random", "--method", "staged"], "method 'staged' needs draft2"),
         (["--input-len", "5"], "without a tokenizer"),
-        (["--random", "--num-iters", "0"], "num-iters must be at least 1"),
+        (["--random", "--num-iters", "0"], "--num-iters: must be at least 1, got 0"),
         (["--prompts", "nowhere"], "no humaneval/HumanEval.jsonl.gz in nowhere"),
     ],
 )

@@ -1,0 +1,38 @@
+"""Numbers that a report can make nothing of are refused by its flags, before anything is loaded."""
+
+import argparse
+import importlib
+import sys
+
+import pytest
+
+from profiling.flags import count, counts
+
+
+@pytest.mark.parametrize(
+    "report, flag",
+    [
+        ("agreement", "--count"),
+        ("demo", "--repeats"),
+        ("kernels", "--rows"),
+        ("sampler", "--samples"),
+        ("suite", "--paper-prompts"),
+        ("timeline", "--tokens"),
+    ],
+)
+def test_no_report_counts_to_nothing(report, flag, monkeypatch, capsys):
+    module = importlib.import_module(f"profiling.{report}")
+    monkeypatch.setattr(sys, "argv", [report, flag, "0"])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    assert f"argument {flag}: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_counts_are_whole_numbers_with_commas():
+    assert counts("32,128,512") == [32, 128, 512]
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 1, got -3"):
+        counts("5,-3")
+    for text in ("1.5", "", "two"):
+        with pytest.raises(ValueError):
+            count(text)
