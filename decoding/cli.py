@@ -114,11 +114,13 @@ def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
 
 
 def _refuse_unused(flags: argparse.Namespace) -> None:
-    """Greedy decoding has no use for sampling flags: say so instead of ignoring them."""
+    """Say what has no effect instead of ignoring it: sampling flags of greedy decoding, colours of JSON."""
     rule = SamplingConfig(**{name: getattr(flags, name) for name in SAMPLING if name != "seed"})
     if rule.unused:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in rule.unused)
         raise ValueError(f"{names}: no effect without --do-sample and a temperature above 0")
+    if getattr(flags, "json", False) and flags.color:
+        raise ValueError("--color: no effect on --json")
 
 
 def run_generate(flags: argparse.Namespace) -> None:

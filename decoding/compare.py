@@ -122,7 +122,7 @@ def _totals(runs: list) -> tuple[int, float, int, float]:
 
 
 def _hf_row(hf: HFGenerate, prompt_ids: list[list[int]], lengths: list[int], baseline: list) -> dict:
-    hf.generate(prompt_ids[0], 8)
+    hf.generate(prompt_ids[0], min(8, lengths[0]))
     tokens, equal, differences, seconds = 0, 0, [], 0.0
     for ids, length, (out, _) in zip(prompt_ids, lengths, baseline, strict=True):
         start = time.perf_counter()

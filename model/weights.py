@@ -67,10 +67,6 @@ class GPT2Weights:
             yield from vars(layer).values()
 
     @property
-    def num_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors())
-
-    @property
     def bytes_per_pass(self) -> int:
         """Bytes of weights that one pass streams: all but the embedding rows it does not look up."""
         looked_up = (self.wpe,) if self.lm_head is self.wte else (self.wpe, self.wte)

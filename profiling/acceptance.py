@@ -107,7 +107,7 @@ def main() -> None:
     decoder = StagedDecoder.from_pretrained()
     prompt_ids = [decoder.encode(text) for text in prompts.mbpp(flags.prompts, flags.count)]
     rows = measure(decoder, prompt_ids, flags.tokens, flags.seeds)
-    about = machine.describe()
+    about = machine.describe(decoder.oracle.model.device)
     conditions = f"{flags.count} MBPP prompts x {flags.tokens} tokens, {flags.seeds} seeds, {decoder.runtime}"
     table = markdown(rows, about, conditions)
     if flags.out:

@@ -132,7 +132,7 @@ def main() -> None:
     decoder = next(iter(decoders.values()))
     texts = prompts.mbpp(flags.prompts, flags.count) if flags.prompts else list(DEMO_PROMPTS)
     rows = measure(decoders, [decoder.encode(text) for text in texts], flags.tokens)
-    about = machine.describe()
+    about = machine.describe(decoder.oracle.model.device)
     conditions = (
         f"{len(texts)} prompts x {flags.tokens} tokens of the oracle's own text, {decoder.runtime}; "
         f"{about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`"

@@ -218,7 +218,7 @@ def model_tables(archs: list[str]) -> list[str]:
 
 
 def model_document(tables: list[str]) -> str:
-    about = describe()
+    about = describe(torch.device("cpu"))
     body = "\n\n".join(f"```\n{table}\n```" for table in tables)
     return f"""# Where the time of GPT-2 Large should go
 

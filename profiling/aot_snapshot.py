@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from profiling.machine import describe
@@ -57,7 +58,7 @@ def load_snapshot() -> dict[str, Any] | None:
 
 def write_snapshot(rows: list[dict[str, Any]], problems: list[str]) -> None:
     """Replace the snapshot of the installed Triton, one row a line, and the table for readers."""
-    about = {**describe(), "triton": triton.__version__, "problems": problems}
+    about = {**describe(torch.device("cpu")), "triton": triton.__version__, "problems": problems}
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: (label(row), row.get("key", "")))
     kept = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]

@@ -78,7 +78,7 @@ def main() -> None:
     tables, outputs = {}, {}
     for setting, sampling in SETTINGS.items():
         tables[setting], outputs[setting] = median_rows(decoder, hf, flags.tokens, sampling, flags.repeats)
-    about = machine.describe()
+    about = machine.describe(decoder.oracle.model.device)
     repeated = {
         setting: statistics.mean(repeated_share(out.new_token_ids) for out in outs) for setting, outs in outputs.items()
     }

@@ -146,7 +146,7 @@ def main() -> None:
     with ProcessPoolExecutor(len(shares), mp_context=multiprocessing.get_context("spawn")) as pool:
         parts = [pool.submit(run_bundled, share, flags.tokens, threads) for share in shares]
         rows = merged([part.result() for part in parts])
-    about = machine.describe()
+    about = machine.describe(torch.device("cpu"))
     table = markdown(rows, flags.tokens, about)
     if flags.out:
         flags.out.mkdir(parents=True, exist_ok=True)

@@ -23,13 +23,17 @@ from model.growth import grow
 SIZES = {"oracle": (36, 1280), "draft": (4, 832)}
 HEAD_DIM = 64
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TRAINED = ("training.json", "checkpoint.pt")  # what training leaves beside a model, and begins with
 
 
 def write(source: Path, target: Path, layers: int, width: int) -> int:
     """Write ``source``, grown to ``layers`` layers and ``width`` channels, to ``target``; its number of parameters.
 
-    In bfloat16, with the tokenizer of ``source``. Raises ValueError where ``source`` is the larger model.
+    In bfloat16, with the tokenizer of ``source``. Raises ValueError where ``source`` is the larger model, or
+    ``target`` one that was trained.
     """
+    if any((target / name).exists() for name in TRAINED):
+        raise ValueError(f"{target} holds a model that was trained, and would be lost")
     small = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
     sizes = {"n_layer": layers, "n_embd": width, "n_head": width // HEAD_DIM}
     config = GPT2Config.from_dict(small.config.to_dict() | sizes)

@@ -3,7 +3,6 @@
     python -m profiling.kernels [--shapes gpt2 gpt2-large ...] [--dtype bfloat16] [--rows 1 16 64 128] [--out DIR]
     python -m profiling.kernels --operations tree_attention --shapes gpt2-large --rows 1 64    # what is worked on
     python -m profiling.kernels --rehearse --out DIR     # the whole flow on a CPU with the torch twins, at a toy size
-    TRITON_INTERPRET=1 python -m profiling.kernels       # without a GPU: the checks alone, in Triton's interpreter
 
 An operation is right when its error against the torch twin in float64 (attention: float32 sums) is within the dtype's
 tolerance and a row's bits are the same alone and among 64 rows; no speed is given for one that is not. Launches run in
@@ -237,7 +236,6 @@ def _time_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass, 
     }
     if len(parts) == len(operations):
         columns |= {"operations_microseconds": sum(parts.values())}
-        columns |= {"bubble_microseconds": columns["microseconds"] - sum(parts.values())}
     same = {"kind": "pass", "shape": shape.name, "rows": 1, "implementation": described["implementation"]}
     one = [row for row in setting.rows.rows if row.items() >= same.items()]
     if num_rows > 1 and one and "microseconds" in one[0]:
@@ -327,17 +325,11 @@ def main() -> int:
     else:
         from kernels import gpu as ops
 
-        if not gpu_here and not ops.interpreting():
+        if not gpu_here:
             print("timing needs a GPU: `python -m profiling.aot --model` has modelled figures, --rehearse the flow")
             return 2
-        device, shapes = torch.device("cuda" if gpu_here else "cpu"), [names[name] for name in flags.shapes]
+        device, shapes = torch.device("cuda"), [names[name] for name in flags.shapes]
     keyed = about(device, flags.rehearse)
-    if not gpu_here and not flags.rehearse:
-        dtype = torch.float16 if dtype == torch.bfloat16 else dtype  # the interpreter's bfloat16 is not to be trusted
-        setting = Setting(device, dtype, ops, 100, 1, deadline, Rows(None, "", keyed), chosen)
-        right: set[str] = set()
-        check_shape(setting, {"kind": "check", "shape": TINY.name}, TINY, 20, right)
-        return 0 if len(right) == len(setting.rows.rows) else 1
     rows = Rows(flags.out, "kernels", {**keyed, "dtype": flags.dtype, "text_length": flags.text_length})
     setting = Setting(device, dtype, ops, flags.text_length, flags.samples, deadline, rows, chosen)
     with torch.no_grad():

@@ -282,7 +282,7 @@ def benchmark(flags: argparse.Namespace) -> dict:
     context = decoder.oracle.model.config.n_positions
     if (longest := max(flags.input_len) + max(flags.output_len)) > context:
         raise ValueError(f"input-len + output-len is {longest}, the oracle's context {context}")
-    about = machine.describe() | {
+    about = machine.describe(decoder.oracle.model.device) | {
         "runtime": str(decoder.runtime),
         "sampling": sampling,
         "prompts": described,

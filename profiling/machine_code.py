@@ -44,7 +44,6 @@ DRAWS = {  # sampling, children
     "draw top-p, min-p": (Sampling(True, _SEED, 1.0, 0, 0.9, 0.05), 8),
 }
 STREAMED = {"weight_ptr", "k_head_ptr", "v_head_ptr"}  # what a pass reads once and from far away
-WIDE = 16  # bytes of the widest load that one thread makes
 
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _SASS_LINE = re.compile(r'^\s*//## File "([^"]+)", line (\d+)')

@@ -5,8 +5,6 @@
 Everything that the process has loaded is part of it, other models included: for one method's own need, run it alone.
 """
 
-import resource
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,9 +30,5 @@ def peak(device: torch.device) -> dict[str, int]:
             "max_allocated": torch.cuda.max_memory_allocated(device),
             "max_reserved": torch.cuda.max_memory_reserved(device),
         }
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return {"peak_rss": int(line.split()[1]) * 1024}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return {"peak_rss": int(line.split()[1]) * 1024}

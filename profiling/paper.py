@@ -38,7 +38,7 @@ def run(config: Config) -> Path:
     try:
         session = load(config, shard)
         key = {name: value for name, value in vars(config).items() if name not in ("out", "resume")}
-        about = machine.describe()
+        about = machine.describe(session.decoder.oracle.model.device)
         key |= {name: about[name] for name in ("commit", "device", "torch")}
         journal = Journal(config.out / "journal", shard, key, config.resume)
         for suite, methods in suites(session).items():

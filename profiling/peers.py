@@ -18,7 +18,7 @@ Each is configured as people would, that is by its defaults. Assisted generation
 All count new token ids and stop as ``StagedDecoder.generate`` does: an eos token is returned, a stop string is not, and
 a context of n positions can be fed n tokens. Sampled text comes from the peer's own generator, so it never equals ours
 for a seed: then only speed and acceptance can be compared. CTranslate2 cannot be given a seed per call. Each ``put`` of
-a streamer after the prompt's is one pass of the oracle. Nothing here was run on a GPU yet.
+a streamer after the prompt's is one pass of the oracle. On a GPU only hf-generate was run yet.
 """
 
 import shutil

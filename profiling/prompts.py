@@ -72,7 +72,8 @@ def mbpp(folder: Path, count: int) -> list[str]:
     """``count`` evenly spaced problems of MBPP below ``folder``: the task as a docstring, a third of the solution."""
     with open(folder / MBPP, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    chosen = rows[:: max(1, len(rows) // count)][:count]
+    count = min(count, len(rows))
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
     return [
         f'"""{row["text"]}"""\n' + row["code"].replace("\r", "")[: max(20, len(row["code"]) // 3)] for row in chosen
     ]

@@ -1,13 +1,9 @@
 """Roofline picture of a run of ``profiling.kernels``: operations as points below the ceilings measured in that run.
 
-    python -m profiling.roofline RUN.json [--out DIR]        # writes RUN.png and RUN.svg
-
 x: operations per byte that must move; y: operations per second. Left of the ridge the copy rate is the limit. Hollow
 marks are what torch offers for the same work, and marks grow with the rows of the pass.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +12,9 @@ OURS = "ours"
 
 
 def points(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the run that have a time and products to count."""
+    """Rows of the run that have a time and products to count; of ours those that were started as passes start them."""
     wanted = [row for row in document["rows"] if row["kind"] in ("operation", "pass") and row["operation"] in NAMES]
+    wanted = [row for row in wanted if row["implementation"] == OURS or not row["implementation"].startswith(OURS)]
     return [row for row in wanted if row.get("microseconds") and row.get("flops")]
 
 
@@ -64,17 +61,3 @@ def draw(document: dict[str, Any], stem: Path) -> list[Path]:
         figure.savefig(file, dpi=150)
     plt.close(figure)
     return files
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="JSON file of a run")
-    parser.add_argument("--out", type=Path, help="folder of the pictures; that of the run if left out")
-    flags = parser.parse_args()
-    document = json.loads(flags.run.read_text(encoding="utf-8"))
-    for file in draw(document, (flags.out or flags.run.parent) / flags.run.stem):
-        print(file)
-
-
-if __name__ == "__main__":
-    main()

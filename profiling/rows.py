@@ -19,7 +19,7 @@ KEYS = ("device", "commit", "torch", "triton", "rehearsal")  # of the run, repea
 
 def about(device: torch.device, rehearsal: bool) -> dict[str, Any]:
     """What the rows of a run are keyed by."""
-    described = {**machine.describe(), "triton": version("triton"), "rehearsal": rehearsal}
+    described = {**machine.describe(device), "triton": version("triton"), "rehearsal": rehearsal}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         described |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": l2_bytes(device)}

@@ -2,13 +2,12 @@
 
     python -m profiling.sampler [--rows 1 16 64] [--out DIR]      # a GPU
     python -m profiling.sampler --rehearse --out DIR              # the whole flow on a CPU with the torch twins
-    TRITON_INTERPRET=1 python -m profiling.sampler                # without a GPU: the checks alone, in the interpreter
 
 The logits are random rows of GPT-2's vocabulary in the dtype of the model, with the output head's tile maxima. No speed
 is given for a draw that disagrees with its twin. Launches run in CUDA graphs, on the state that
 ``profiling.iteration`` makes; what changes it is timed together with the copy that restores it, and that copy alone.
-Comparators: torch.topk, softmax and multinomial;
-FlashInfer's sampler where it is installed. Exit code 1 where something is wrong, 2 where nothing can be timed.
+Comparators: torch.topk, softmax and multinomial; FlashInfer's sampler where it is installed. Exit code 1 where
+something is wrong, 2 where nothing can be timed.
 """
 
 import argparse
@@ -187,15 +186,10 @@ def main() -> int:
     else:
         from kernels import gpu as ops
 
-        if not gpu_here and not ops.interpreting():
+        if not gpu_here:
             print("timing needs a GPU: `python -m profiling.aot` has the machine code, --rehearse the flow")
             return 2
-        device = torch.device("cuda" if gpu_here else "cpu")
-    if not gpu_here and not flags.rehearse:
-        wrong = disagreement(ops, dtype, device, 3)
-        for name, reason in wrong.items():
-            print(f"draw, {name}: {reason or 'ok'}")
-        return 1 if any(wrong.values()) else 0
+        device = torch.device("cuda")
     keyed = about(device, flags.rehearse)
     rows = Rows(flags.out, "sampler", {**keyed, "dtype": flags.dtype})
     with torch.no_grad():

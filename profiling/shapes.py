@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.layout import DEPTH_LIMIT, MAX_ROWS, MOMENT_PART, TAIL_LANES, VOCAB_TILE
+from kernels.reference.moments import write_moments
 from model.quantization import quantize_matrix
 
 MAX_DEPTH = 12  # of the trees made here
@@ -101,10 +102,9 @@ def operations(
     matrices = rand(3 * c, c), rand(c, c), rand(4 * c, c), rand(c, 4 * c), wte
     attn_w, proj_w, fc_w, mlp_w, head_w = map(quantize_matrix, matrices) if quantized else matrices
     attn_b, proj_b, fc_b = rand(3 * c), rand(c), rand(4 * c)
-    parts = x.float().unflatten(1, (-1, MOMENT_PART))
-    mean = parts.mean(2)
-    moments = torch.stack([mean, (parts - mean[..., None]).square().sum(2)], 1)  # of x, as if it had been left behind
+    moments = torch.empty(num_rows, 2, c // MOMENT_PART, dtype=torch.float32, device=device)
     left = torch.empty_like(moments)
+    write_moments(x, moments)  # as if the layer before had left them behind
     tiles = -(-vocab // VOCAB_TILE)
     maxima = torch.empty(num_rows, tiles, dtype=torch.float32, device=device) if tile_maxima else None
 

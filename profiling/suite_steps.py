@@ -43,12 +43,6 @@ class Trio:
     def flags(self) -> tuple[str, ...]:
         return ("--oracle", self.oracle, "--draft", self.draft, "--draft2", self.draft2)
 
-    @property
-    def paper_flags(self) -> tuple[str, ...]:
-        """``profiling.paper`` takes several drafts, so it has no word for none and for the bundled ones."""
-        named = zip(("--draft", "--draft2"), (self.draft, self.draft2), strict=True)
-        return ("--oracle", self.oracle, *(part for pair in named if pair[1] not in ("none", "auto") for part in pair))
-
 
 BUNDLED = Trio("bundled", "bundled", "auto", "auto")
 
@@ -193,5 +187,5 @@ def _paper(flags: argparse.Namespace, trio: Trio, share: float) -> Step:
     size = ("--quick", "--peers") if flags.mini else ("--limit", str(flags.paper_prompts))
     if not flags.mini and flags.budget_minutes < BRIEF:
         size += (*BRIEF_PAPER.split(), "--peers", *USUAL_PEERS)
-    command = ("-m", "profiling.paper", "--out", str(flags.out / name), "--resume", *trio.paper_flags, *size)
+    command = ("-m", "profiling.paper", "--out", str(flags.out / name), "--resume", *trio.flags, *size)
     return Step(name, command + _prompts(flags), share, trio.needs, goes_on=True)

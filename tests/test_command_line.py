@@ -55,6 +55,12 @@ def test_the_command_itself_ends_with_one_line_too():
     assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr
 
 
+def test_json_has_no_colours(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "x", "--json", "--color"])
+    assert "--color: no effect on --json" in capsys.readouterr().err
+
+
 def test_hugging_face_is_not_compared_where_it_cannot_be(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compare", "x", "--hf", "--do-sample"])

@@ -37,3 +37,12 @@ def test_a_smaller_model_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         grown.main(["--out", str(tmp_path), "--oracle-size", "2", "384"])
     assert ended.value.code == 2 and "n_layer" in capsys.readouterr().err
+
+
+def test_a_trained_model_is_not_lost(tmp_path, capsys):
+    trained = tmp_path / "oracle" / "training.json"
+    trained.parent.mkdir()
+    trained.write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        grown.main(["--out", str(tmp_path)])
+    assert "would be lost" in capsys.readouterr().err and trained.exists()

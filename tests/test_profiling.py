@@ -22,7 +22,6 @@ from profiling.markdown import kernel_tables
 from profiling.shapes import SHAPES, Shape
 from profiling.tiles import CHIPS, MAX_WASTE, candidates, shared_bytes
 from profiling.tune import WEIGHTS, Task, save, using
-from tests import interpreter
 
 ROOT = Path(__file__).parent.parent
 TINY = Shape("tiny", 1, 128, 2, vocab=200, positions=128)
@@ -298,11 +297,3 @@ def test_without_a_gpu_one_line_says_what_to_do(command, monkeypatch, capsys):
     assert module.main() == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert "--rehearse" in line and "--model" in line
-
-
-@pytest.mark.skipif(not interpreter.INTERPRETING, reason="needs Triton's interpreter")
-def test_in_the_interpreter_the_kernels_are_checked(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["kernels", "--dtype", "float32"])
-    assert importlib.import_module("profiling.kernels").main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and all(line.endswith(", ok") for line in lines)
