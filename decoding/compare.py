@@ -9,10 +9,11 @@ import torch
 from decoding.config import METHODS
 from decoding.decoder import StagedDecoder
 
+# None ends with its line: the bundled tokenizer joins the end of a line with the indentation that follows.
 DEMO_PROMPTS = (
-    'def read_lines(path):\n    """Return the lines of a text file."""\n',
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    "import os\nimport sys\n\n\ndef main():\n    for name in os.listdir(sys.argv[1]):\n",
+    'def read_lines(path):\n    """Return the lines of a text file."""',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
+    "import os\nimport sys\n\n\ndef main():\n    for name in os.listdir(sys.argv[1]):",
 )
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "training.json")
-PROMPTS = ("def read_lines(path):\n", "class Stack:\n", 'def mean(values):\n    """', "for name in names:\n")
+PROMPTS = ("def read_lines(path):", "class Stack:", 'def mean(values):\n    """', "for name in names:")
 
 
 def pack(source: Path, target: Path) -> int:

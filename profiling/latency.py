@@ -251,7 +251,7 @@ def prompts_of(flags: argparse.Namespace, decoder: StagedDecoder) -> tuple[Calla
         return lambda length: [
             torch.randint(decoder.oracle.vocab_size, (length,), generator=generator).tolist()
         ], "one prompt of random token ids"
-    texts = prompts.humaneval(flags.prompts) if flags.prompts else list(DEMO_PROMPTS)
+    texts = prompts.humaneval(flags.prompts) if flags.prompts else [f"{text}\n" for text in DEMO_PROMPTS]
     encoded = [decoder.encode(text) for text in texts]
     name = "HumanEval" if flags.prompts else "demo"
     return lambda length: prompts.of_length(encoded, length), f"{len(texts)} {name} prompts in turn, cut or joined"

@@ -6,29 +6,30 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-# Beginnings of the kind that HumanEval has, written for this project: no network, no data set.
+# Beginnings of the kind that HumanEval has, written for this project: no network, no data set. None ends with its line,
+# see ``decoding.compare.DEMO_PROMPTS``.
 OWN = (
-    'def read_lines(path):\n    """Return the lines of a text file."""\n',
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    "import os\nimport sys\n\n\ndef main():\n    for name in os.listdir(sys.argv[1]):\n",
+    'def read_lines(path):\n    """Return the lines of a text file."""',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
+    "import os\nimport sys\n\n\ndef main():\n    for name in os.listdir(sys.argv[1]):",
     "def average(values: list[float]) -> float:\n"
-    '    """ Return the mean of a non-empty list.\n    >>> average([1.0, 2.0, 3.0])\n    2.0\n    """\n',
+    '    """ Return the mean of a non-empty list.\n    >>> average([1.0, 2.0, 3.0])\n    2.0\n    """',
     "def count_words(text: str) -> dict[str, int]:\n"
     '    """ Count how often each word occurs, upper and lower case alike.\n'
-    "    >>> count_words('a b A')\n    {'a': 2, 'b': 1}\n    \"\"\"\n",
+    "    >>> count_words('a b A')\n    {'a': 2, 'b': 1}\n    \"\"\"",
     'def is_sorted(items):\n    """ Whether no item is smaller than the one before it.\n'
-    '    >>> is_sorted([1, 2, 2, 5])\n    True\n    """\n',
+    '    >>> is_sorted([1, 2, 2, 5])\n    True\n    """',
     "import json\n\n\ndef load_config(path, default=None):\n"
-    '    """Read a JSON file; return ``default`` where there is no such file."""\n    try:\n',
-    "import argparse\n\n\ndef parse_arguments():\n    parser = argparse.ArgumentParser(description=__doc__)\n",
+    '    """Read a JSON file; return ``default`` where there is no such file."""\n    try:',
+    "import argparse\n\n\ndef parse_arguments():\n    parser = argparse.ArgumentParser(description=__doc__)",
     "from dataclasses import dataclass\n\n\n@dataclass\nclass Point:\n    x: float\n    y: float\n\n"
-    "    def distance(self, other):\n",
+    "    def distance(self, other):",
     "def merge(first: list[int], second: list[int]) -> list[int]:\n"
-    '    """ Merge two sorted lists into one sorted list.\n    >>> merge([1, 4], [2, 3])\n    [1, 2, 3, 4]\n    """\n',
+    '    """ Merge two sorted lists into one sorted list.\n    >>> merge([1, 4], [2, 3])\n    [1, 2, 3, 4]\n    """',
     "import unittest\n\n\nclass TestQueue(unittest.TestCase):\n    def setUp(self):\n        self.queue = Queue()\n\n"
-    "    def test_empty(self):\n",
+    "    def test_empty(self):",
     "def longest_common_prefix(words):\n    if not words:\n        return ''\n    prefix = words[0]\n"
-    "    for word in words[1:]:\n",
+    "    for word in words[1:]:",
 )
 HUMANEVAL, MBPP = "humaneval/HumanEval.jsonl.gz", "mbpp/mbpp.jsonl"
 HUB = ("openai/openai_humaneval", "openai_humaneval/test-00000-of-00001.parquet")
