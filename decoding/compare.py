@@ -74,7 +74,7 @@ def compare(
     available = available_methods(decoder)
     runs = {}
     for method in available:
-        decoder.generate(prompt_ids[0], max_new_tokens=8, method=method, **sampling)
+        decoder.generate(prompt_ids[0], max_new_tokens=min(8, max_new_tokens), method=method, **sampling)
         runs[method] = [_timed(decoder, ids, max_new_tokens, method, sampling) for ids in prompt_ids]
     baseline = runs["baseline"]
     rows = []

@@ -201,12 +201,13 @@ def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parame
 
 
 def _ancestry(directory: Path, start: GPT2LMHeadModel) -> dict:
-    """What the model to begin from was: parameters, and the tokens that it and those before it had seen."""
+    """What the model to begin from was: parameters, the tokens that it and those before it had seen, its making."""
     found = {"parameters": start.num_parameters(), "tokens": None}
     if (directory / CARD).is_file():
         card = json.loads((directory / CARD).read_text())
         earlier = (card.get("started_from") or {}).get("tokens") or 0
         found["tokens"] = earlier + card["log"][-1]["tokens"]
+        found |= {name: card[name] for name in ("command", "started_from")}
     return found
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -66,6 +67,7 @@ def card(name: str, training: dict, texts: dict[str, str]) -> str:
         f"seen {seen} of a text of {text} in {last['seconds'] / 60:.0f} minutes{before}; held-out loss "
         f"{last['heldout_loss']:.2f} nats a token. `{training['command']}`",
         "",
+        *(part for command in _earlier(training) for part in (f"Before: `{command}`", "")),
         "| source | licence | files | MB |",
         "| --- | --- | ---: | ---: |",
     ]
@@ -74,6 +76,14 @@ def card(name: str, training: dict, texts: dict[str, str]) -> str:
     for title, text in texts.items():
         lines += ["", f"## `{title}`", "", "```python", text.replace("```", "` ` `"), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _earlier(training: dict) -> Iterator[str]:
+    """The commands that made the models it was begun from, the latest first."""
+    origin = training.get("started_from")
+    while origin and origin.get("command"):
+        yield origin["command"]
+        origin = origin.get("started_from")
 
 
 def main(arguments: list[str] | None = None) -> None:

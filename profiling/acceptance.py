@@ -108,7 +108,7 @@ def main() -> None:
     prompt_ids = [decoder.encode(text) for text in prompts.mbpp(flags.prompts, flags.count)]
     rows = measure(decoder, prompt_ids, flags.tokens, flags.seeds)
     about = machine.describe(decoder.oracle.model.device)
-    conditions = f"{flags.count} MBPP prompts x {flags.tokens} tokens, {flags.seeds} seeds, {decoder.runtime}"
+    conditions = f"{len(prompt_ids)} MBPP prompts x {flags.tokens} tokens, {flags.seeds} seeds, {decoder.runtime}"
     table = markdown(rows, about, conditions)
     if flags.out:
         flags.out.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,24 @@
 """Types of the reports' flags, so that a number nothing can be made of is refused before a model is loaded."""
 
 import argparse
+from collections.abc import Callable
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1. Raises ArgumentTypeError, which argparse prints beside the flag, and ValueError."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number of at least ``least``. It raises ArgumentTypeError, which argparse prints, and ValueError."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    return number
+
+
+count = at_least(1)
 
 
 def counts(text: str) -> list[int]:
-    """The same, several with commas between them."""
+    """Several, with commas between them."""
     return [count(part) for part in text.split(",")]

@@ -17,23 +17,21 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from decoding import make
 from decoding.decoder import BUNDLED
 from model.growth import grow
+from profiling.flags import count
 
 SIZES = {"oracle": (36, 1280), "draft": (4, 832)}
 HEAD_DIM = 64
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-TRAINED = ("training.json", "checkpoint.pt")  # what training leaves beside a model, and begins with
 
 
 def write(source: Path, target: Path, layers: int, width: int) -> int:
     """Write ``source``, grown to ``layers`` layers and ``width`` channels, to ``target``; its number of parameters.
 
-    In bfloat16, with the tokenizer of ``source``. Raises ValueError where ``source`` is the larger model, or
-    ``target`` one that was trained.
+    In bfloat16, with the tokenizer of ``source``. Raises ValueError where ``source`` is the larger model.
     """
-    if any((target / name).exists() for name in TRAINED):
-        raise ValueError(f"{target} holds a model that was trained, and would be lost")
     small = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
     sizes = {"n_layer": layers, "n_embd": width, "n_head": width // HEAD_DIM}
     config = GPT2Config.from_dict(small.config.to_dict() | sizes)
@@ -55,13 +53,16 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the models are written")
     for name, size in SIZES.items():
-        flags.add_argument(f"--{name}-size", type=int, nargs=2, metavar=("LAYERS", "WIDTH"), default=size)
+        flags.add_argument(f"--{name}-size", type=count, nargs=2, metavar=("LAYERS", "WIDTH"), default=size)
     return flags
 
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
     try:
+        for name in SIZES:
+            if any((flags.out / name / file).exists() for file in (make.SOURCES, make.CARD)):
+                raise ValueError(f"{flags.out / name} holds a model that was trained, or is, and would be lost")
         for name in SIZES:
             layers, width = getattr(flags, f"{name}_size")
             count = write(BUNDLED / name, flags.out / name, layers, width)

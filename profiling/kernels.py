@@ -33,14 +33,12 @@ from profiling import passes, roofline
 from profiling.calls import TOLERANCES, Call, bind, check, make_calls, relative_error, run
 from profiling.comparators import Comparator, as_rows, comparators, flex_comparator
 from profiling.flags import count
-from profiling.markdown import kernel_tables
+from profiling.markdown import OURS, WAITING, kernel_tables
 from profiling.rows import Rows, about, timed
 from profiling.shapes import SHAPES, Operation, Shape
 from profiling.timing import ceilings, copies_for, first_line, is_cold, measure
 
 CHECK_ROWS = 64
-OURS = "ours"
-WAITING = "ours, no early launches"
 SPENT = "skipped: budget spent"
 TINY = Shape("tiny", 2, 128, 2, vocab=500, positions=256)
 

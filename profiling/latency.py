@@ -42,7 +42,7 @@ from decoding.config import METHODS
 from decoding.decoder import BUNDLED
 from model import weights
 from profiling import machine, memory, peers, prompts
-from profiling.flags import count, counts
+from profiling.flags import at_least, count, counts
 from profiling.latency_table import markdown
 
 PERCENTAGES = (10, 25, 50, 75, 90, 99)
@@ -217,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--output-len", type=counts, default=[128], help="new tokens; a list for a sweep")
     flags.add_argument("--batch-size", type=int, default=1, choices=[1], help="one sequence at a time is all there is")
     flags.add_argument("--num-iters", type=count, default=30)
-    flags.add_argument("--num-iters-warmup", type=int, default=10)
+    flags.add_argument("--num-iters-warmup", type=at_least(0), default=10)
     flags.add_argument("--output-json", type=Path, help="also writes the table beside it, as .md")
     flags.add_argument("--method", nargs="+", choices=METHODS, help="default: all that the stages allow")
     flags.add_argument("--peers", nargs="*", choices=peers.NAMES, help="run these, too; without a name the usual ones")
@@ -251,7 +251,8 @@ def prompts_of(flags: argparse.Namespace, decoder: StagedDecoder) -> tuple[Calla
         return lambda length: [
             torch.randint(decoder.oracle.vocab_size, (length,), generator=generator).tolist()
         ], "one prompt of random token ids"
-    texts = prompts.humaneval(flags.prompts) if flags.prompts else [f"{text}\n" for text in DEMO_PROMPTS]
+    joinable = [f"{text}\n" for text in DEMO_PROMPTS]
+    texts = prompts.humaneval(flags.prompts) if flags.prompts else joinable
     encoded = [decoder.encode(text) for text in texts]
     name = "HumanEval" if flags.prompts else "demo"
     return lambda length: prompts.of_length(encoded, length), f"{len(texts)} {name} prompts in turn, cut or joined"
@@ -274,8 +275,6 @@ def load_systems(flags: argparse.Namespace, skipped: dict[str, str]) -> tuple[St
 
 def benchmark(flags: argparse.Namespace) -> dict:
     """All rows and what they were measured with; written after every pair of lengths where a file was named."""
-    if flags.num_iters_warmup < 0:
-        raise ValueError(f"num-iters-warmup must be at least 0, got {flags.num_iters_warmup}")
     sampling, skipped = sampling_of(flags), {}
     decoder, systems, load_hf = load_systems(flags, skipped)
     make_prompts, described = prompts_of(flags, decoder)

@@ -15,11 +15,10 @@ from decoding.command_line import printable
 COMMIT = "STAGED_COMMIT"  # environment variable that names the code where the tree has no .git
 
 
-def describe(device: torch.device | None = None) -> dict[str, str | int]:
-    """The machine and the code that a result was measured with, on ``device`` (default: a GPU where there is one)."""
-    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+def describe(device: torch.device) -> dict[str, str | int]:
+    """The machine and the code that a result was measured with, on ``device``."""
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

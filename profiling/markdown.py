@@ -2,7 +2,7 @@
 
 from typing import Any
 
-OURS = "ours"
+OURS, WAITING = "ours", "ours, no early launches"  # implementations
 
 
 def kernel_tables(document: dict[str, Any]) -> str:

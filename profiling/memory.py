@@ -30,5 +30,5 @@ def peak(device: torch.device) -> dict[str, int]:
             "max_allocated": torch.cuda.max_memory_allocated(device),
             "max_reserved": torch.cuda.max_memory_reserved(device),
         }
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return {"peak_rss": int(line.split()[1]) * 1024}
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {"peak_rss": int(fields["VmHWM"].split()[0]) * 1024}

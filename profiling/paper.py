@@ -20,7 +20,7 @@ from pathlib import Path
 
 from profiling import machine, prompts
 from profiling.demo import SETTINGS
-from profiling.flags import count
+from profiling.flags import at_least, count
 from profiling.paper_output import write
 from profiling.paper_runs import FIXED, STOP_STRINGS, STOPPED, Method, OwnGap, TokensDiffer, run_case
 from profiling.paper_session import Config, Session, cases, load, suites
@@ -88,9 +88,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--oracle", default="bundled", help="a directory or hub id")
     parser.add_argument(
-        "--draft", action="append", default=[], help="or none; may be repeated: others join the ablations"
+        "--draft", action="append", default=[], help="or none, auto; may be repeated: others join the ablations"
     )
-    parser.add_argument("--draft2", action="append", default=[], help="a table; likewise")
+    parser.add_argument("--draft2", action="append", default=[], help="a table, none or auto; likewise")
     for name in ("device", "dtype", "backend"):
         parser.add_argument(f"--{name}", default="auto")
     source = parser.add_mutually_exclusive_group()
@@ -104,10 +104,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=count, default=Config.tokens, help="new tokens of a generation, at most")
     parser.add_argument("--seeds", type=count, default=Config.seeds, help="when sampling")
     parser.add_argument(
-        "--peer-seeds", type=int, default=Config.peer_seeds, help="of them, for peers; 0: peers are greedy only"
+        "--peer-seeds", type=at_least(0), default=Config.peer_seeds, help="of them, for peers; 0: peers are greedy only"
     )
     parser.add_argument("--peers", nargs="*", choices=NAMES, help="default: all that make sense here; none: no peers")
-    parser.add_argument("--ablation-prompts", type=int, default=Config.ablation_prompts, help="0: no ablations")
+    parser.add_argument("--ablation-prompts", type=at_least(0), default=Config.ablation_prompts, help="0: no ablations")
     parser.add_argument("--ablation-tokens", type=count, default=Config.ablation_tokens)
     parser.add_argument("--samples", type=count, default=Config.samples, help="of a point of the roofline")
     parser.add_argument("--resume", action="store_true", help="go on from what OUT/journal has")

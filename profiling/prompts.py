@@ -6,12 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-# Beginnings of the kind that HumanEval has, written for this project: no network, no data set. None ends with its line,
-# see ``decoding.compare.DEMO_PROMPTS``.
+from decoding.compare import DEMO_PROMPTS
+
+# Beginnings of the kind that HumanEval has, written for this project: no network, no data set.
 OWN = (
-    'def read_lines(path):\n    """Return the lines of a text file."""',
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
-    "import os\nimport sys\n\n\ndef main():\n    for name in os.listdir(sys.argv[1]):",
+    *DEMO_PROMPTS,
     "def average(values: list[float]) -> float:\n"
     '    """ Return the mean of a non-empty list.\n    >>> average([1.0, 2.0, 3.0])\n    2.0\n    """',
     "def count_words(text: str) -> dict[str, int]:\n"

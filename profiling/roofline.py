@@ -7,14 +7,15 @@ marks are what torch offers for the same work, and marks grow with the rows of t
 from pathlib import Path
 from typing import Any
 
+from profiling.markdown import OURS, WAITING
+
 NAMES = ("layer_norm_qkv", "tree_attention", "attn_proj", "mlp_fc_gelu", "mlp_proj", "lm_head", "pass")
-OURS = "ours"
 
 
 def points(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the run that have a time and products to count; of ours those that were started as passes start them."""
     wanted = [row for row in document["rows"] if row["kind"] in ("operation", "pass") and row["operation"] in NAMES]
-    wanted = [row for row in wanted if row["implementation"] == OURS or not row["implementation"].startswith(OURS)]
+    wanted = [row for row in wanted if row["implementation"] != WAITING]
     return [row for row in wanted if row.get("microseconds") and row.get("flops")]
 
 

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from profiling import machine, prompts
-from profiling.flags import count
+from profiling.flags import at_least, count
 from profiling.rows import about, write_whole
 from profiling.suite_report import write_report
 from profiling.suite_steps import ROOT, Step, plan
@@ -203,16 +203,16 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--draft2", default="none")
     training = flags.add_argument_group("... or trained")
     training.add_argument("--data", action="append", metavar="DIR", help="of text; default: installed Python source")
-    training.add_argument("--layers", type=int, default=36)
-    training.add_argument("--width", type=int, default=1280)
-    training.add_argument("--vocab-size", type=int, default=50257)
-    training.add_argument("--draft-layers", type=int, default=4)
-    training.add_argument("--draft-width", type=int, default=512)
+    training.add_argument("--layers", type=count, default=36)
+    training.add_argument("--width", type=count, default=1280)
+    training.add_argument("--vocab-size", type=count, default=50257)
+    training.add_argument("--draft-layers", type=count, default=4)
+    training.add_argument("--draft-width", type=count, default=512)
     training.add_argument("--oracle-minutes", type=float, help="default: 0.3 of the budget")
     training.add_argument("--draft-minutes", type=float, help="default: 0.15 of the budget")
-    training.add_argument("--tokens-per-step", type=int, default=32768)
-    training.add_argument("--tokens-per-pass", type=int, default=16384)
-    training.add_argument("--samples", type=int, default=300_000, help="tokens that the draft writes for draft2")
+    training.add_argument("--tokens-per-step", type=count, default=32768)
+    training.add_argument("--tokens-per-pass", type=at_least(0), default=16384)
+    training.add_argument("--samples", type=count, default=300_000, help="tokens that the draft writes for draft2")
     return flags
 
 

@@ -259,12 +259,12 @@ def main() -> int:
 
 
 def report(
-    decoder: StagedDecoder, document: dict, shown: dict[str, Run], flags: argparse.Namespace, count: int
+    decoder: StagedDecoder, document: dict, shown: dict[str, Run], flags: argparse.Namespace, num_prompts: int
 ) -> None:
     """Charts and tables on the terminal; the same in ``flags.out``, named after the device."""
     about, device = machine.describe(decoder.oracle.model.device), decoder.oracle.model.device.type
     conditions = (
-        f"{1 if device == 'cuda' else count} prompts x {flags.tokens} tokens, {decoder.runtime}, "
+        f"{1 if device == 'cuda' else num_prompts} prompts x {flags.tokens} tokens, {decoder.runtime}, "
         f"{torch.get_num_threads()} threads; {about['device']}, torch {about['torch']}, commit {about['commit']}, "
         f"{about['date']}; `{about['command']}`"
     )

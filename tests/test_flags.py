@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from profiling.flags import count, counts
+from profiling.flags import at_least, count, counts
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,8 @@ from profiling.flags import count, counts
         ("demo", "--repeats"),
         ("kernels", "--rows"),
         ("sampler", "--samples"),
-        ("suite", "--paper-prompts"),
+        ("paper", "--seeds"),
+        ("suite", "--samples"),
         ("timeline", "--tokens"),
     ],
 )
@@ -36,3 +37,6 @@ def test_counts_are_whole_numbers_with_commas():
     for text in ("1.5", "", "two"):
         with pytest.raises(ValueError):
             count(text)
+    assert at_least(0)("0") == 0
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 0, got -1"):
+        at_least(0)("-1")

@@ -39,10 +39,13 @@ def test_a_smaller_model_is_refused(tmp_path, capsys):
     assert ended.value.code == 2 and "n_layer" in capsys.readouterr().err
 
 
-def test_a_trained_model_is_not_lost(tmp_path, capsys):
-    trained = tmp_path / "oracle" / "training.json"
+@pytest.mark.parametrize("name", ["oracle", "draft"])
+@pytest.mark.parametrize("file", ["sources.json", "training.json"])  # of a training that has begun, and ended
+def test_a_trained_model_is_not_lost(tmp_path, capsys, name, file):
+    trained = tmp_path / name / file
     trained.parent.mkdir()
     trained.write_text("{}")
     with pytest.raises(SystemExit, match="2"):
         grown.main(["--out", str(tmp_path)])
     assert "would be lost" in capsys.readouterr().err and trained.exists()
+    assert [folder.name for folder in tmp_path.iterdir()] == [name], "nothing else was written"

@@ -16,6 +16,7 @@ from decoding.compare import HFGenerate
 from decoding.config import default_speculation
 from decoding.decoder import BUNDLED
 from decoding.execution import MAX_PLANS, Captured
+from model import bundle
 from profiling import ablations, dram, paper, paper_session, paper_tables, prompts
 from profiling.demo import SETTINGS
 from profiling.paper_runs import FIXED, STOPPED, Case, Ours, OwnGap, TokensDiffer, digest, run_case
@@ -306,3 +307,4 @@ def test_memory_counters_give_bytes_or_a_reason(monkeypatch):
 def test_own_prompts_are_twelve_and_fit():
     decoder = StagedDecoder.from_pretrained(draft=None, draft2=None, dtype="float32")
     assert len(set(prompts.OWN)) == 12 and all(10 < len(decoder.encode(text)) < 100 for text in prompts.OWN)
+    assert not any(text.endswith("\n") for text in (*prompts.OWN, *bundle.PROMPTS)), "see DEMO_PROMPTS"

@@ -12,16 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import reference
+from kernels import gpu, reference
 from kernels.gpu import config
 from kernels.gpu.config import LinearTiles, linear_tiles
 from profiling import roofline, timing
 from profiling.calls import check, make_calls, relative_error, run, take_rows
 from profiling.comparators import as_rows, comparators
-from profiling.markdown import kernel_tables
+from profiling.markdown import WAITING, kernel_tables
 from profiling.shapes import SHAPES, Shape
 from profiling.tiles import CHIPS, MAX_WASTE, candidates, shared_bytes
 from profiling.tune import WEIGHTS, Task, save, using
+from tests import interpreter
 
 ROOT = Path(__file__).parent.parent
 TINY = Shape("tiny", 1, 128, 2, vocab=200, positions=128)
@@ -146,6 +147,14 @@ def test_the_twins_pass_their_own_check_and_a_wrong_operation_does_not():
     assert not wrong["ok"] and wrong["error"] < 1e-4 and wrong["different_rows"] == [0]
 
 
+@pytest.mark.skipif(not interpreter.INTERPRETING, reason="needs Triton's interpreter")
+def test_the_kernels_pass_the_check_of_their_benchmark():
+    _, calls = make_calls(TINY, 20, torch.float32, CPU, 64)
+    for name, call in calls.items():
+        result = check(call, gpu, torch.float32, [0, 7, 19])
+        assert result["ok"], f"{name}: {result}"
+
+
 def test_a_part_of_the_rows_is_a_pass_of_its_own():
     _, calls = make_calls(TINY, 20, torch.float32, CPU, 64)
     for name in ("layer_norm_qkv", "tree_attention", "embed"):
@@ -229,6 +238,7 @@ def test_pictures_are_written_and_an_empty_run_is_refused(tmp_path):
     files = roofline.draw(document(failure="CUDA error"), tmp_path / "run")
     assert [file.name for file in files] == ["run.png", "run.svg"]
     assert all(file.stat().st_size > 10_000 for file in files)
+    assert len(roofline.points(document(implementation=WAITING))) == 1, "not drawn as if it were torch's"
     with pytest.raises(ValueError, match="nothing to draw"):
         roofline.draw({**document(), "rows": []}, tmp_path / "empty")
 
@@ -288,12 +298,11 @@ def test_ranking_by_the_model(tmp_path):
     assert row["source"] == "model" and 0 < row["microseconds_1"] <= row["microseconds_16"] and row["score"] <= 1
 
 
-@pytest.mark.parametrize("command", ["kernels", "tune"])
-def test_without_a_gpu_one_line_says_what_to_do(command, monkeypatch, capsys):
+@pytest.mark.parametrize("command, other", [("kernels", "--model"), ("tune", "--model"), ("sampler", "profiling.aot")])
+def test_without_a_gpu_one_line_says_what_to_do(command, other, monkeypatch, capsys):
     module = importlib.import_module(f"profiling.{command}")
     monkeypatch.setattr(sys, "argv", [command])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("kernels.gpu.interpreting", lambda: False)
     assert module.main() == 2
     (line,) = capsys.readouterr().out.splitlines()
-    assert "--rehearse" in line and "--model" in line
+    assert "--rehearse" in line and other in line

@@ -14,6 +14,8 @@ from profiling.kernels import SPENT, Setting, count_failures, guarded
 from profiling.rows import Rows
 from profiling.shapes import BUNDLED
 
+CPU = torch.device("cpu")
+
 
 def test_what_there_was_no_time_for_is_no_failure():
     """It has a row that says so; what raised, and a red check, count."""
@@ -46,12 +48,20 @@ def test_the_bundled_shapes_are_those_of_the_models(name):
 def test_a_tree_without_git_is_named_by_the_environment(monkeypatch):
     """As on a machine that got the files alone: the commit that was told, or none; with git, that of the tree."""
     monkeypatch.setenv(machine.COMMIT, "abc1234")
-    assert machine.describe()["commit"] != "abc1234" or not (Path(machine.__file__).parent.parent / ".git").exists()
+    assert machine.describe(CPU)["commit"] != "abc1234" or not (Path(machine.__file__).parent.parent / ".git").exists()
 
     def no_git(*args, **kwargs):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(machine.subprocess, "run", no_git)
-    assert machine.describe()["commit"] == "abc1234"
+    assert machine.describe(CPU)["commit"] == "abc1234"
     monkeypatch.delenv(machine.COMMIT)
-    assert machine.describe()["commit"] == "unknown"
+    assert machine.describe(CPU)["commit"] == "unknown"
+
+
+def test_a_row_names_the_device_it_is_of(monkeypatch):
+    """Not the GPU that is there as well."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    assert machine.describe(CPU)["device"] != "a card"
+    assert machine.describe(torch.device("cuda"))["device"] == "a card"
