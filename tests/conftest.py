@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if interpreter.INTERPRETING and item.get_closest_marker("gpu"):
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """Ctrl-C reaches this process and those that it starts, also where a shell began the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_the_command_survives_a_kill_at_any_moment(tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_end_saves_first(sent, tmp_path):
+def test_a_run_that_is_asked_to_end_saves_first(sent, tmp_path, keyboard):
     """Long before its next checkpoint: the step it is in is finished, kept, and gone on from."""
     text = write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
     command = [sys.executable, "-u", "-m", "decoding", "train-oracle", "--data", str(text)]

@@ -194,7 +194,7 @@ def test_the_first_signal_asks_and_a_later_one_ends(monkeypatch):
     assert raised == [signal.SIG_DFL, signal.SIGTERM]
 
 
-def test_signals_of_a_run(tmp_path):
+def test_signals_of_a_run(tmp_path, keyboard):
     """An exception after the end was asked for saves, but not in the middle of an update; what is ignored stays so, and
     what was handled before is handled again."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT)]
