@@ -24,7 +24,8 @@ from profiling import machine
 from profiling.acceptance import repeated_share
 from profiling.flags import count
 
-SETTINGS = {"greedy": {}, "top-k 50, T = 1": {"do_sample": True, "top_k": 50, "temperature": 1.0}}
+TOP_K = "top-k 50, T = 1"
+SETTINGS = {"greedy": {}, TOP_K: {"do_sample": True, "top_k": 50, "temperature": 1.0}}
 
 
 def median_rows(decoder: StagedDecoder, hf: HFGenerate, tokens: int, sampling: dict, repeats: int) -> tuple[list, list]:
@@ -88,8 +89,8 @@ def main() -> None:
         "8-grams that repeat: " + ", ".join(f"{setting} {part:.0%}" for setting, part in repeated.items())
     )
     styles = stage_styles([stage.name for stage in decoder.lower])
-    out = outputs["greedy"][0]
-    shown = coloured(decoder.tokenizer, DEMO_PROMPTS[0], out.new_token_ids, out.token_stages, styles)
+    prompt, out = DEMO_PROMPTS[1], outputs[TOP_K][1]  # greedy text of a small model loops
+    shown = coloured(decoder.tokenizer, prompt, out.new_token_ids, out.token_stages, styles)
     if flags.out:
         flags.out.mkdir(parents=True, exist_ok=True)
         rows = {"about": about, "repeated_8_grams": repeated, "tables": tables}
