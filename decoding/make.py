@@ -207,7 +207,7 @@ def _ancestry(directory: Path, start: GPT2LMHeadModel) -> dict:
         card = json.loads((directory / CARD).read_text())
         earlier = (card.get("started_from") or {}).get("tokens") or 0
         found["tokens"] = earlier + card["log"][-1]["tokens"]
-        found |= {name: card[name] for name in ("command", "started_from")}
+        found |= {name: card.get(name) for name in ("command", "started_from")}
     return found
 
 

@@ -46,6 +46,6 @@ def test_a_trained_model_is_not_lost(tmp_path, capsys, name, file):
     trained.parent.mkdir()
     trained.write_text("{}")
     with pytest.raises(SystemExit, match="2"):
-        grown.main(["--out", str(tmp_path)])
+        grown.main(["--out", str(tmp_path), "--oracle-size", "9", "448", "--draft-size", "3", "192"])
     assert "would be lost" in capsys.readouterr().err and trained.exists()
     assert [folder.name for folder in tmp_path.iterdir()] == [name], "nothing else was written"

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from decoding import StagedDecoder
+from decoding.compare import HFGenerate, compare
 from profiling import latency, memory, peers, prompts
 from profiling.latency import Burst, Measurement, Runs
+from tests.helpers import hf_model, random_tokens
 
 CPU = torch.device("cpu")
 BY_HAND = Measurement([5] * 7, 1.0, [Burst(0.25, 2), Burst(0.5, 1), Burst(1.0, 4)])
@@ -219,3 +222,12 @@ def test_our_methods_that_differ_are_a_bug(stages, monkeypatch):
     monkeypatch.setattr(peers.Own, "generate", wrong)
     with pytest.raises(SystemExit, match="methods differ"):
         latency.main([*stages, "--random", "--input-len", "5", "--output-len", "4"])
+
+
+def test_a_comparison_near_the_end_of_the_context(tmp_path):
+    """Warming up takes no more positions than the prompt has left, of ours and of transformers."""
+    hf_model(n_positions=20).save_pretrained(tmp_path)
+    decoder = StagedDecoder.from_pretrained(str(tmp_path), draft=None, draft2=None, dtype="float32", device="cpu")
+    hf = HFGenerate(str(tmp_path), torch.float32, torch.device("cpu"))
+    rows, _ = compare(decoder, [random_tokens(17)], 8, {}, hf)
+    assert [(row["method"], row["identical"]) for row in rows] == [("HF generate", "1 of 1"), ("baseline", "1 of 1")]
