@@ -238,7 +238,9 @@ def test_pictures_are_written_and_an_empty_run_is_refused(tmp_path):
     files = roofline.draw(document(failure="CUDA error"), tmp_path / "run")
     assert [file.name for file in files] == ["run.png", "run.svg"]
     assert all(file.stat().st_size > 10_000 for file in files)
-    assert len(roofline.points(document(implementation=WAITING))) == 1, "not drawn as if it were torch's"
+    timed = {"microseconds": 3.0, "bytes": 4000, "flops": 8000}
+    assert len(roofline.points(document(**timed))) == 2
+    assert len(roofline.points(document(**timed, implementation=WAITING))) == 1, "not drawn as if it were torch's"
     with pytest.raises(ValueError, match="nothing to draw"):
         roofline.draw({**document(), "rows": []}, tmp_path / "empty")
 
