@@ -89,10 +89,15 @@ def load(config: Config, shard: Shard) -> Session:
 
 
 def sources(config: Config) -> tuple[list[str | None], list[str | None]]:
-    """Drafts and tables, None for no such stage: as ``--draft`` and ``--draft2`` name them, "auto" and "none" too."""
+    """Drafts and tables, None for no such stage: as ``--draft`` and ``--draft2`` name them, "auto" and "none" too.
+
+    Raises ValueError for "auto" with another oracle than the bundled one.
+    """
     chosen = []
     for given, name in ((config.draft, "draft"), (config.draft2, "draft2")):
         default = str(BUNDLED / name) if config.oracle == "bundled" else None
+        if "auto" in given and default is None:
+            raise ValueError(f"--{name} auto goes with the bundled oracle alone")
         chosen.append([{"auto": default, "none": None}.get(source, source) for source in given or ("auto",)])
     return chosen[0], chosen[1]
 

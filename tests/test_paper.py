@@ -308,3 +308,13 @@ def test_own_prompts_are_twelve_and_fit():
     decoder = StagedDecoder.from_pretrained(draft=None, draft2=None, dtype="float32")
     assert len(set(prompts.OWN)) == 12 and all(10 < len(decoder.encode(text)) < 100 for text in prompts.OWN)
     assert not any(text.endswith("\n") for text in (*prompts.OWN, *bundle.PROMPTS)), "see DEMO_PROMPTS"
+
+
+def test_where_stages_come_from(tmp_path):
+    """Left out they are the bundled ones of the bundled oracle, none of another; "auto" of another is refused."""
+    bundled = [[str(BUNDLED / name)] for name in ("draft", "draft2")]
+    assert list(paper_session.sources(Config(out=tmp_path))) == bundled
+    assert paper_session.sources(Config(out=tmp_path, draft=("none", "auto")))[0] == [None, *bundled[0]]
+    assert paper_session.sources(Config(out=tmp_path, oracle="gpt2-large")) == ([None], [None])
+    with pytest.raises(ValueError, match="--draft2 auto goes with the bundled oracle alone"):
+        paper_session.sources(Config(out=tmp_path, oracle="gpt2-large", draft2=("auto",)))
