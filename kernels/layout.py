@@ -62,7 +62,8 @@ class Quantized:
 
 def shared_end(positions: torch.Tensor) -> torch.Tensor:
     """First position of the tail of queries at ``positions`` [N]; see the module docstring."""
-    return (positions - DEPTH_LIMIT).clip(0) // TAIL_ALIGNMENT * TAIL_ALIGNMENT
+    end = (positions - DEPTH_LIMIT) // TAIL_ALIGNMENT * TAIL_ALIGNMENT
+    return end * (end > 0)
 
 
 class TreeShape(NamedTuple):

@@ -78,11 +78,16 @@ def test_rows_are_padded_once_a_pass(rows, padded_to):
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "found"),
-    [(None, (4, 128)), (range(5, 16), (16, 128)), (range(33, 129), (4, 32)), (range(64, 65), (4, 48))],
+    ("spoilt", "fewer", "most"),  # than ROW_BLOCK
+    [
+        (None, (4, 8, 12), 128),
+        (range(5, 16), (), 128),
+        (range(33, 129), (4, 8, 12), 32),
+        (range(64, 65), (4, 8, 12), 48),
+    ],
 )
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_how_many_rows_agree_is_found_out(has_residual, spoilt, found, monkeypatch):
+def test_how_many_rows_agree_is_found_out(has_residual, spoilt, fewer, most, monkeypatch):
     """A product that rounds otherwise for some numbers of rows, with a residual or without one; one by a library
     without a promise is not tried."""
 
@@ -99,13 +104,15 @@ def test_how_many_rows_agree_is_found_out(has_residual, spoilt, found, monkeypat
     monkeypatch.setattr(linear, "Packed", Spoilt)
     library = Packed(torch.randn(8, 64)).library
 
-    def agreeing(library: str, has_residual: bool) -> tuple[int, int]:
+    def agreeing(library: str, has_residual: bool) -> tuple[int, ...]:
         return linear.agreeing_rows.__wrapped__(
             library, torch.Size([48, 64]), torch.float32, False, None, has_residual, 1
         )
 
-    assert agreeing(library, has_residual) == found and agreeing(library, not has_residual) == (4, 128)
-    assert agreeing("torch", has_residual) == (ROW_BLOCK, ROW_BLOCK)
+    whole = tuple(range(ROW_BLOCK, 129, ROW_BLOCK))
+    assert agreeing(library, has_residual) == (*fewer, *range(ROW_BLOCK, most + 1, ROW_BLOCK))
+    assert agreeing(library, not has_residual) == (4, 8, 12, *whole)
+    assert agreeing("torch", has_residual) == (ROW_BLOCK,)
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
@@ -115,7 +122,7 @@ def test_products_take_no_more_rows_than_agree(num_rows, has_residual, halves, m
     and each row's residual goes with it."""
     weight, x, asked = Packed(halves), torch.randn(num_rows, 128), []
     product = weight.product
-    monkeypatch.setattr(linear, "agreeing_rows", lambda *how: (ROW_MULTIPLE, 48))
+    monkeypatch.setattr(linear, "agreeing_rows", lambda *how: (4, 8, 12, 16, 32, 48))
     monkeypatch.setattr(weight, "product", lambda block, *how: asked.append(len(block)) or product(block, *how))
     residual = torch.randn(num_rows, len(halves)) * 2.0**-20 if has_residual else None
     y = linear.linear(x, weight, None, residual=residual)
@@ -210,11 +217,12 @@ def test_gelu_of_extremes():
         ("columns", (ROW_MULTIPLE, False)),
         ("gaps", (ROW_MULTIPLE, False)),
         ("rows", (ROW_BLOCK, True)),
+        ("width", (ROW_MULTIPLE, False)),
     ],
 )
 def test_what_agrees_is_found_out(spoilt, found, monkeypatch):
     """Against a product that agrees by construction, and ones that depend on the column of a key, on which values have
-    a weight, and on how many rows there are."""
+    a weight, on how many rows there are, and on how many columns follow that have no weight."""
 
     def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         sums = (a[:, :, None].double() * b.transpose(1, 2)[:, None].double()).sum(-1).float()
@@ -224,6 +232,10 @@ def test_what_agrees_is_found_out(spoilt, found, monkeypatch):
             sums = sums * (1 + 1e-6 * ((a != 0) * torch.arange(a.shape[2])).amax(-1, keepdim=True))
         return sums * (1 + 1e-6 * sums.shape[1]) if spoilt == "rows" else sums
 
+    def baddbmm(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return sums.add_(bmm(a, b) * (1 + 1e-6 * a.shape[2] * (spoilt == "width")))
+
+    monkeypatch.setattr(attention.torch.Tensor, "baddbmm_", baddbmm)
     monkeypatch.setattr(attention.torch, "bmm", bmm)
     assert attention.agreeing.__wrapped__(2, 64, 1) == found
 

@@ -6,25 +6,26 @@ lanes, its tail's first, as many as its position says; the weights go back to th
 weighted sums are taken tail first, then window by window.
 
 That is exact where a score does not depend on the column that its key stands in, and where a product adds up its
-columns one after the other, so that a zero weight changes no bit. Where that was not found, on a GPU, and without
-numba, tails are multiplied row by row.
+columns one after the other, so that a zero weight changes no bit, between the others or after them. Where that was not
+found, on a GPU, and without numba, tails are multiplied row by row.
 """
 
 import functools
 import itertools
+import threading
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_LANES, TAIL_WINDOW
-from kernels.reference.compiled import COMPILES, compiled
+from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_ALIGNMENT, TAIL_LANES, TAIL_WINDOW
+from kernels.reference.compiled import COMPILES, as_bits, compiled, kept_bits
 from kernels.reference.exponential import exp
 from kernels.reference.linear import agreeing_multiple
-from kernels.reference.route import Block, Route, one_shape
+from kernels.reference.route import Block, Route
 
 MOST_COLUMNS = TAIL_WINDOW + 8 * SHARED_WINDOW  # of a product, as many as are tried: GPT-2's context
-_BITS = {torch.float32: (torch.int32, np.int32(0)), torch.bfloat16: (torch.int16, np.int32(16))}  # shifted: float32
+_SHIFTS = {torch.float32: np.int32(0), torch.bfloat16: np.int32(16)}  # of the bits, to be those of float32
 _PARTS = 16  # partial sums of a softmax; TAIL_LANES and what a row sees of windows are multiples of it
 
 
@@ -38,69 +39,71 @@ def tree_attention(
     """Each row attends to its own path: softmax(scale q k) v -> [N, H * D], sums in float32. Padding rows give 0."""
     heads, dim = q.shape[1:]
     multiple, agree = ROW_BLOCK, False
-    if not one_shape(q.device):
+    if not route.one_shape:
         multiple, agree = agreeing(heads, dim, torch.get_num_threads())
     attend = _by_columns if agree and COMPILES else _by_rows
-    mixed, end = q.new_empty(q.shape[0], heads, dim), 0
+    mixed = q.new_empty(q.shape[0], heads, dim)
+    end = 0
     for block in route.blocks:
-        of_block = attend(q[block.rows], k_cache, v_cache, block, scale, multiple, route.workspaces)
-        mixed[block.rows].copy_(of_block)
-        end = block.rows.stop
+        end = attend(q, k_cache, v_cache, block, scale, multiple, mixed)
     if end < mixed.shape[0]:
         mixed[end:] = 0
     return mixed.view(-1, heads * dim)
 
 
 class _Workspace:
-    """What the products of a block read and write, float32, by head. Blocks of one shape and all layers of a pass take
-    turns with one."""
+    """What the products of a block read and write, float32, by head."""
 
-    def __init__(self, num_rows: int, num_columns: int, heads: int, dim: int, multiple: int):
-        padded = -(-num_rows // multiple) * multiple
-        self.by_head = torch.empty(heads, padded, dim)
+    def __init__(self, num_rows: int, num_columns: int, heads: int, dim: int):
+        self.by_head, self.mixed = torch.empty(heads, num_rows, dim), torch.empty(heads, num_rows, dim)
         keys, values = torch.empty(heads, num_columns, dim), torch.empty(heads, num_columns, dim)
-        self.scores, self.mixed = torch.empty(heads, padded, num_columns), torch.empty(heads, padded, dim)
+        self.scores = torch.empty(heads, num_rows, num_columns)
         self.keys = [some.transpose(1, 2) for some in keys.split(MOST_COLUMNS, 1)]
-        starts = [0, *range(TAIL_WINDOW, num_columns + 1, SHARED_WINDOW)]
-        self.windows = [(self.scores[..., i:j], values[:, i:j]) for i, j in itertools.pairwise(starts)]
-        self.by_row = self.mixed[:, :num_rows].transpose(0, 1)
+        borders = [0, *range(TAIL_WINDOW, num_columns, SHARED_WINDOW), num_columns]
+        self.windows = [(self.scores[..., i:j], values[:, i:j]) for i, j in itertools.pairwise(borders)]
+        self.by_row = self.mixed.transpose(0, 1)
         self.gathered = [to.view(torch.int32).numpy() for to in (self.by_head, keys, values)]
         self.weighed = self.scores.numpy()
 
 
-def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int, workspaces: dict) -> torch.Tensor:
-    """The rows of ``block``: float32 [N, H, D]."""
-    space, slots = workspaces.get((block, multiple)), block.slots
-    if space is None:
-        shape = (len(block.ends), len(slots), *q.shape[1:], multiple)
-        if shape not in workspaces:
-            workspaces[shape] = _Workspace(*shape)
-        space = workspaces[block, multiple] = workspaces[shape]
-    if q.dtype not in _BITS:
+@functools.lru_cache(maxsize=8)
+def _workspace(thread: int, *shape: int) -> _Workspace:
+    """Blocks of one shape take turns with one, those of one thread, since each is done before the next begins."""
+    with torch.inference_mode(False):  # so that it is written to outside of inference mode, too
+        return _Workspace(*shape)
+
+
+def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int, mixed) -> int:
+    """Write the rows of ``block``, and where the pass ends with them its padding: the first row not written."""
+    slots, start, count = block.slots, block.rows.start, len(block.ends)
+    padded = -(-count // multiple) * multiple
+    space = _workspace(threading.get_ident(), padded, len(slots), *q.shape[1:])
+    if q.dtype not in _SHIFTS:
         where, slots = torch.from_numpy(slots), np.arange(len(slots))
         q, k_cache, v_cache = q.float(), k_cache.index_select(0, where).float(), v_cache.index_select(0, where).float()
-    integers, shift = _BITS[q.dtype]
-    caches = k_cache.view(integers).numpy(), v_cache.view(integers).numpy()
-    _gather(q.view(integers).numpy(), *caches, slots, shift, *space.gathered)
+    _gather(as_bits(q), start, count, kept_bits(k_cache), kept_bits(v_cache), slots, _SHIFTS[q.dtype], *space.gathered)
     if len(space.keys) == 1:
         torch.bmm(space.by_head, space.keys[0], out=space.scores)
     else:
         torch.cat([torch.bmm(space.by_head, some) for some in space.keys], -1, out=space.scores)
-    lanes = block.columns, block.live, block.firsts, block.ends
-    _weigh(space.weighed, *lanes, np.float32(scale))
+    _weigh(space.weighed, block.columns, block.live, block.firsts, block.ends, np.float32(scale))
     torch.bmm(*space.windows[0], out=space.mixed)
     for window in space.windows[1:]:
         space.mixed.baddbmm_(*window)
-    return space.by_row
+    if start == 0 and mixed.shape[0] == padded:
+        mixed.copy_(space.by_row)
+        return padded
+    mixed[block.rows].copy_(space.by_row[:count])
+    return block.rows.stop
 
 
 @compiled
-def _gather(q, k_cache, v_cache, slots, shift, by_head, keys, values):
-    """Queries, the last row repeated where rows lack, and the keys and values of ``slots``, by head."""
+def _gather(q, start, count, k_cache, v_cache, slots, shift, by_head, keys, values):
+    """Queries of ``count`` rows, the last repeated where rows lack, and the keys and values of ``slots``, by head."""
     heads, dim = q.shape[1], q.shape[2]
     for head in range(heads):
         for row in range(by_head.shape[1]):
-            source = min(row, len(q) - 1)
+            source = start + min(row, count - 1)
             for i in range(dim):
                 by_head[head, row, i] = np.int32(q[source, head, i]) << shift
         for column in range(len(slots)):
@@ -161,12 +164,10 @@ def _softmax(values, count, parts):
         values[i] /= total
 
 
-def _by_rows(q, k_cache, v_cache, block: Block, scale: float, multiple: int, workspaces: dict) -> torch.Tensor:
-    """The rows of ``block``, tails row by row and windows in products of one shape: float32 [N, H, D]."""
-    if block not in workspaces:
-        workspaces[block] = block.on(q.device)
-    slots, columns, bias = workspaces[block]
-    live = len(columns)
+def _by_rows(q, k_cache, v_cache, block: Block, scale: float, multiple: int, mixed) -> int:
+    """As ``_by_columns``, with tails row by row and windows in products of one shape."""
+    slots, columns, bias = block.lanes
+    q, live = q[block.rows], len(columns)
     by_head = _padded(q.float().transpose(0, 1).contiguous(), -(-live // multiple) * multiple)
     heads, _, dim = by_head.shape
     keys, values = (cache.index_select(0, slots).float().transpose(0, 1) for cache in (k_cache, v_cache))  # [H, C, D]
@@ -176,12 +177,13 @@ def _by_rows(q, k_cache, v_cache, block: Block, scale: float, multiple: int, wor
     scores = torch.cat([each.view(heads, live, TAIL_LANES), *shared], -1)
     weights = torch.softmax(torch.add(bias, scores, alpha=scale), -1)  # [H, live, lanes]
     tails = weights[..., :TAIL_LANES].reshape(-1, 1, TAIL_LANES)
-    mixed = _padded(_each(tails, values[:, columns].flatten(0, 1)).view(heads, live, dim), by_head.shape[1])
+    sums = _padded(_each(tails, values[:, columns].flatten(0, 1)).view(heads, live, dim), by_head.shape[1])
     for window in windows:
         shift = TAIL_LANES - TAIL_WINDOW
         some = weights[..., window.start + shift : window.stop + shift]
-        mixed.baddbmm_(_padded(some, by_head.shape[1]), values[:, window])
-    return mixed[:, : len(q)].transpose(0, 1)
+        sums.baddbmm_(_padded(some, by_head.shape[1]), values[:, window])
+    mixed[block.rows].copy_(sums[:, : len(q)].transpose(0, 1))
+    return block.rows.stop
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
@@ -223,9 +225,18 @@ def agreeing(heads: int, dim: int, num_threads: int) -> tuple[int, bool]:
         spread[..., columns] = weights[:, :rows, :TAIL_LANES]
         return torch.bmm(spread[..., :TAIL_WINDOW], values[:, :TAIL_WINDOW])
 
+    def window_of(size: int, count: int, rows: int) -> torch.Tensor:
+        """What the first ``size`` columns of a window of ``count`` add to other sums; the rest has no weight."""
+        some = weights[:, :rows, :count].clone()
+        some[..., size:] = 0
+        return queries[:, :rows].clone().baddbmm_(some, keys[:, :count])
+
     wanted = sums_at(torch.arange(TAIL_LANES), ROW_BLOCK, most)
     for rows in range(multiple, ROW_BLOCK + 1, multiple):
-        for count in range(TAIL_WINDOW, most + 1, TAIL_WINDOW):
+        for size in range(TAIL_ALIGNMENT, SHARED_WINDOW, TAIL_ALIGNMENT):
+            if not torch.equal(window_of(size, size, rows), window_of(size, SHARED_WINDOW, rows)):
+                return multiple, False
+        for count in range(TAIL_WINDOW, most + 1, TAIL_ALIGNMENT):
             some = order[:count]
             scores = torch.bmm(queries[:, :rows].contiguous(), keys[:, some].transpose(1, 2))
             columns = torch.randperm(TAIL_WINDOW, generator=generator)[:TAIL_LANES].sort().values

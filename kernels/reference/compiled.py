@@ -7,12 +7,14 @@ changes, but not when another one does whose loops or structures it uses. So all
 
 import hashlib
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 _log = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ except ImportError as error:
 COMPILES = njit is not None
 _folders: set[Path] = set()  # of machine code
 _MOST_VIEWS = 16
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def compiled(loop: Callable) -> Callable:
@@ -63,6 +66,23 @@ def _forget_what_is_stale(folder: Path) -> None:
         note.write_text(digest)
     except OSError:  # a folder that may only be read
         pass
+
+
+def as_bits(tensor: torch.Tensor) -> np.ndarray:
+    """A numpy view of a float tensor on the host, as integers of its width: numpy has no bfloat16."""
+    return tensor.view(_INTEGERS[tensor.element_size()]).numpy()
+
+
+_bits: dict[int, tuple[weakref.ref, np.ndarray]] = {}  # by identity of the tensor
+
+
+def kept_bits(tensor: torch.Tensor) -> np.ndarray:
+    """``as_bits`` of a tensor that is not resized, remembered for as long as it lives."""
+    name = id(tensor)
+    kept = _bits.get(name)
+    if kept is None:
+        kept = _bits[name] = weakref.ref(tensor, lambda _: _bits.pop(name)), as_bits(tensor)
+    return kept[1]
 
 
 _views: OrderedDict[int, tuple[NamedTuple, Any]] = OrderedDict()  # by identity of the structure, which it keeps alive

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.layout import MAX_ROWS, ROW_BLOCK, ROW_MULTIPLE, VOCAB_TILE, Quantized
-from kernels.reference.compiled import COMPILES
+from kernels.reference.compiled import COMPILES, as_bits, compiled, kept_bits
 from kernels.reference.epilogue import NO_RESIDUAL, finish
 from kernels.reference.moments import write_moments
 from kernels.reference.route import Route
@@ -47,6 +47,7 @@ class Packed:
 
     def __init__(self, weight: torch.Tensor):
         self.shape, self.dtype, self._size = weight.shape, weight.dtype, weight.element_size()
+        self._row_counts: dict[tuple, tuple[int, ...]] = {}
         native = matrices_are_native(weight.dtype)
         halves = None if native and weight.dtype != torch.float32 else _in_halves(weight)
         if halves is not None:
@@ -68,10 +69,10 @@ class Packed:
         self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """activation(x @ weight.T + bias), or residual + x @ weight.T + bias."""
-        if self.library == "onednn" and residual is not None:
-            return _pointwise_add(x, residual, self._parts[0], bias, "add")
         if self.library == "onednn":
-            return _pointwise(x, self._parts[0], bias, *_FUSED[activation])
+            if residual is None:
+                return _pointwise(x, self._parts[0], bias, *_FUSED[activation])
+            return _pointwise_add(x, residual, self._parts[0], bias, "add")
         if self.library == "torch":
             y = _activated(F.linear(x, self._parts[0], bias), activation)
         else:
@@ -83,6 +84,14 @@ class Packed:
             y = sums.mul_(scale) if bias is None else torch.add(bias, sums, alpha=scale)
             y = _activated(y.to(self.dtype), activation)
         return y if residual is None else residual + y
+
+    def row_counts(self, has_bias: bool, activation: str | None, has_residual: bool) -> tuple[int, ...]:
+        """``agreeing_rows`` of this matrix and as many threads as there are now."""
+        how = has_bias, activation, has_residual, torch.get_num_threads()
+        counts = self._row_counts.get(how)
+        if counts is None:
+            counts = self._row_counts[how] = agreeing_rows(self.library, self.shape, self.dtype, *how)
+        return counts
 
 
 Matrix = torch.Tensor | Packed | Quantized
@@ -156,9 +165,9 @@ def agreeing_rows(
     activation: str | None,
     has_residual: bool,
     num_threads: int,
-) -> tuple[int, int]:
-    """Products with a matrix [M, K] have the same bits for any multiple of the first number of rows, up to ROW_BLOCK,
-    and for any multiple of ROW_BLOCK up to the second number.
+) -> tuple[int, ...]:
+    """Numbers of rows, ascending, whose products with a matrix [M, K] have the same bits: multiples of one number up to
+    ROW_BLOCK, then multiples of ROW_BLOCK.
 
     Tried on numbers of which most of a sum cancels, so that its order shows in results of 16 bits, too.
     """
@@ -172,7 +181,7 @@ def agreeing_rows(
     weight, x = cancelling(shape[0], -1, 2.0**-6), cancelling(MAX_ROWS, 1, 2.0**-9).to(dtype)
     matrix = Packed((weight.bfloat16() if library == "fbgemm" else weight).to(dtype))
     if matrix.library != library or library == "torch":
-        return ROW_BLOCK, ROW_BLOCK
+        return (ROW_BLOCK,)
     bias = torch.randn(shape[0], generator=generator).to(dtype) * 2.0**-4 if has_bias else None
     residual = torch.randn(MAX_ROWS, shape[0], generator=generator).to(dtype) * 2.0**-4 if has_residual else None
 
@@ -183,7 +192,8 @@ def agreeing_rows(
     whole, most = torch.cat([product(ROW_BLOCK, first) for first in range(0, MAX_ROWS, ROW_BLOCK)]), ROW_BLOCK
     while most < MAX_ROWS and torch.equal(product(most + ROW_BLOCK), whole[: most + ROW_BLOCK]):
         most += ROW_BLOCK
-    return agreeing_multiple(product), most
+    multiple = agreeing_multiple(product)
+    return *range(multiple, ROW_BLOCK, multiple), *range(ROW_BLOCK, most + 1, ROW_BLOCK)
 
 
 def layer_norm_linear(
@@ -214,14 +224,26 @@ def layer_norm_qkv(
 ) -> torch.Tensor:
     """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
     qkv = linear(torch.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias)
-    q, k, v = qkv.view(x.shape[0], 3, *k_cache.shape[1:]).unbind(1)
-    if route.write_rows is not None:
-        k, v = k[route.write_rows], v[route.write_rows]
-    elif (num_written := route.write_slots.shape[0]) < x.shape[0]:
-        k, v = k[:num_written], v[:num_written]
-    k_cache.index_copy_(0, route.write_slots, k)
-    v_cache.index_copy_(0, route.write_slots, v)
-    return q
+    _, heads, dim = k_cache.shape
+    if route.one_shape:
+        rows = np.flatnonzero(route.slot_mapping >= 0)
+        slots, rows = (torch.from_numpy(some).to(x.device) for some in (route.slot_mapping[rows], rows))
+        k_cache[slots], v_cache[slots] = qkv[rows, heads * dim :].unflatten(1, (2, heads, dim)).unbind(1)
+    else:
+        _scatter(route.slot_mapping, as_bits(qkv), kept_bits(k_cache), kept_bits(v_cache))
+    return qkv.as_strided((qkv.shape[0], heads, dim), (3 * heads * dim, dim, 1))
+
+
+@compiled
+def _scatter(slots, qkv, k_cache, v_cache):
+    """Keys and values of the rows that have a slot, each in its own."""
+    heads, dim = k_cache.shape[1:]
+    for row in range(len(slots)):
+        if slots[row] >= 0:
+            for head in range(heads):
+                for i in range(dim):
+                    k_cache[slots[row], head, i] = qkv[row, (heads + head) * dim + i]
+                    v_cache[slots[row], head, i] = qkv[row, (2 * heads + head) * dim + i]
 
 
 def linear_residual(
@@ -271,29 +293,27 @@ def linear(
 ) -> torch.Tensor:
     """activation(x @ weight.T + bias), or residual + x @ weight.T + bias, in products of rows that agree, padded with
     zeros where rows lack."""
-    num_rows = x.shape[0]
-    assert residual is None or (activation is None and residual.shape[0] == num_rows)
-    matrix, how = weight, (bias is not None, activation, residual is not None)
+    num_rows, counts = x.shape[0], (ROW_BLOCK,)
     if isinstance(weight, Packed):
         product = weight.product
+        counts = weight.row_counts(bias is not None, activation, residual is not None)
+        if num_rows in counts:
+            return product(x, bias, activation, residual)
     else:
         product = functools.partial(_product, weight)
-        if isinstance(weight, Quantized):
-            matrix, how = weight.values, (False, None, False)  # all else comes after the product
-    multiple = most = ROW_BLOCK
-    if isinstance(matrix, Packed):
-        multiple, most = agreeing_rows(matrix.library, matrix.shape, matrix.dtype, *how, torch.get_num_threads())
-    missing = -num_rows % (multiple if num_rows <= ROW_BLOCK else ROW_BLOCK)
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing))
-        residual = None if residual is None else F.pad(residual, (0, 0, 0, missing))
-    if num_rows + missing <= most:
-        y = product(x, bias, activation, residual)
-    else:
-        blocks = x.split(most)
-        residuals = [None] * len(blocks) if residual is None else residual.split(most)
-        y = torch.cat([product(block, bias, activation, of) for block, of in zip(blocks, residuals, strict=True)])
-    return y[:num_rows] if missing else y
+        if isinstance(weight, Quantized) and isinstance(weight.values, Packed):
+            counts = weight.values.row_counts(False, None, False)  # all else comes after the product
+    padded = next((count for count in counts if count >= num_rows), -(-num_rows // ROW_BLOCK) * ROW_BLOCK)
+    x, residual = (some if some is None else _with_rows(some, padded) for some in (x, residual))
+    blocks = x.split(counts[-1])
+    residuals = [None] * len(blocks) if residual is None else residual.split(counts[-1])
+    parts = [product(block, bias, activation, of) for block, of in zip(blocks, residuals, strict=True)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[:num_rows]
+
+
+def _with_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """``x`` [N, C] with rows of zeros below, [num_rows, C]."""
+    return F.pad(x, (0, 0, 0, num_rows - x.shape[0]))
 
 
 def _product(

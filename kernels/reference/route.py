@@ -3,6 +3,7 @@
 Slots are worked out on the host, once per pass. Dimension letters are explained in ``model/config.py``.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +36,8 @@ def embed(
 class Block:
     """What a few consecutive rows read, as numpy arrays. Their keys stand in C columns: first what their tails hold,
     each slot once, in the order of positions; then, from TAIL_WINDOW on, windows of SHARED_WINDOW consecutive positions
-    of each sequence. A row's lanes are the TAIL_LANES of its own tail, then its sequence's windows."""
+    of each sequence, the last one as long as it is read. A row's lanes are the TAIL_LANES of its own tail, then its
+    sequence's windows."""
 
     rows: slice
     slots: np.ndarray  # int64 [C], of the columns
@@ -43,23 +45,25 @@ class Block:
     live: np.ndarray  # bool [N, TAIL_LANES], whether it holds a key
     firsts: np.ndarray  # int64 [N], where the row's windows begin, counted from TAIL_WINDOW on
     ends: np.ndarray  # int64 [N], how many positions of them the row sees
+    device: torch.device  # of the pass
 
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``slots``, ``columns`` and the bias of all lanes, the columns of windows standing for theirs: float32
-        [N, TAIL_LANES + windows], 0 or, for a dead lane, -inf."""
-        lanes = np.arange(len(self.slots) - TAIL_WINDOW) - self.firsts[:, None]
+    @functools.cached_property
+    def lanes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """On ``device``: ``slots``, every window whole, ``columns`` and the bias of all lanes, the columns of windows
+        standing for theirs, float32 [N, TAIL_LANES + windows], 0 or, for a dead lane, -inf."""
+        slots = np.pad(self.slots, (0, -(len(self.slots) - TAIL_WINDOW) % SHARED_WINDOW))
+        lanes = np.arange(len(slots) - TAIL_WINDOW) - self.firsts[:, None]
         alive = np.concatenate([self.live, (lanes >= 0) & (lanes < self.ends[:, None])], 1)
         bias = np.where(alive, np.float32(0), np.float32(-np.inf))
-        return tuple(torch.from_numpy(array).to(device) for array in (self.slots, self.columns, bias))
+        return tuple(torch.from_numpy(array).to(self.device) for array in (slots, self.columns, bias))
 
 
 class Route(NamedTuple):
     """Where the rows of one pass write and read; the same for every layer."""
 
-    write_rows: torch.Tensor | None  # int64 [n], None = all rows
-    write_slots: torch.Tensor  # int64 [n]
+    slot_mapping: np.ndarray  # int32 [N], where each row's K/V goes, -1 = nowhere
     blocks: list[Block]
-    workspaces: dict  # what ``tree_attention`` keeps from one layer to the next
+    one_shape: bool
 
 
 def route(
@@ -73,7 +77,7 @@ def route(
     slot_mapping: torch.Tensor,  # int32 [N], where each row's K/V goes, -1 = nowhere
 ) -> Route:
     """Resolve positions and paths to slots, once per pass, for ``layer_norm_qkv`` and ``tree_attention``."""
-    device = positions.device
+    device, padded = positions.device, one_shape(positions.device)
     arguments = (page_table, committed, sequences, positions, paths, node_slots, slot_mapping)
     page_table, committed, sequences, positions, paths, node_slots, slot_mapping = _on_host(*arguments)
     ends = shared_end(positions)
@@ -85,17 +89,13 @@ def route(
             rows = slice(start, start + count)
             *arrays, fits = _columns(tails[rows], ends[rows], sequences[rows], page_table, page_size)
             count = count if fits else -(-count // 2)
-        if one_shape(device):  # rows of padding see the null page, so that none is NaN
+        if padded:  # rows of padding see the null page, so that none is NaN
             padding = ((0, ROW_BLOCK - count), (0, 0))
             arrays[1:] = [np.pad(array, padding[: array.ndim]) for array in arrays[1:]]
             arrays[1][count:], arrays[2][count:] = TAIL_WINDOW - 1, True
-        blocks.append(Block(rows, *arrays))
+        blocks.append(Block(rows, *arrays, device))
         start += count
-    write_slots, every = slot_mapping, None
-    if len(slot_mapping) and slot_mapping.min() < 0:
-        write_rows = np.flatnonzero(slot_mapping >= 0)
-        write_slots, every = slot_mapping[write_rows], torch.from_numpy(write_rows).to(device)
-    return Route(every, torch.from_numpy(write_slots.astype(np.int64)).to(device), blocks, {})
+    return Route(slot_mapping, blocks, padded)
 
 
 def path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> torch.Tensor:
@@ -141,6 +141,7 @@ def _columns(tails, ends, sequences, page_table, page_size):
     for row in range(num_rows):
         seen[sequences[row]] = max(seen[sequences[row]], ends[row])
     widths = -(-seen // SHARED_WINDOW) * SHARED_WINDOW
+    widths[-1] = seen[-1]
     slots = np.zeros(TAIL_WINDOW + widths.sum(), np.int64)
     columns, live = np.empty(tails.shape, np.int64), np.empty(tails.shape, np.bool_)
     firsts, counts = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
@@ -171,7 +172,8 @@ def _columns(tails, ends, sequences, page_table, page_size):
 
 
 def one_shape(device: torch.device) -> bool:
-    """Whether every block is padded to ROW_BLOCK rows: on a GPU, where nobody finds out which shapes agree."""
+    """Whether every block is padded to ROW_BLOCK rows, and all is done by torch: on a GPU, where nobody finds out which
+    shapes agree."""
     return device.type != "cpu"
 
 
