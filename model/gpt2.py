@@ -9,7 +9,7 @@ import torch
 from kernels.layout import MAX_ROWS
 from model.config import GPT2Config
 from model.kv_cache import PagedKVCache
-from model.weights import GPT2Weights
+from model.weights import GPT2Weights, Layer
 
 
 class Query(NamedTuple):
@@ -29,7 +29,19 @@ class GPT2:
     def __init__(self, config: GPT2Config, weights: GPT2Weights, ops: ModuleType):
         self.config, self.weights, self.ops = config, weights.map_matrices(ops.packed), ops
         self.dtype, self.device = weights.wte.dtype, weights.wte.device
-        self._scales = [config.attention_scale(i) for i in range(config.n_layer)]
+        self._layers = [self._arguments(layer, i) for i, layer in enumerate(self.weights.layers)]
+
+    def _arguments(self, layer: Layer, index: int) -> tuple:
+        """What the operations of a layer take of it, one tuple for each linear one, and the scale of attention."""
+        config = self.config
+        eps = config.layer_norm_epsilon
+        return (
+            (layer.ln_1_weight, layer.ln_1_bias, eps, layer.c_attn_weight, layer.c_attn_bias),
+            (layer.attn_c_proj_weight, layer.attn_c_proj_bias),
+            (layer.ln_2_weight, layer.ln_2_bias, eps, layer.c_fc_weight, layer.c_fc_bias, config.activation),
+            (layer.mlp_c_proj_weight, layer.mlp_c_proj_bias),
+            config.attention_scale(index),
+        )
 
     def new_cache(self, num_pages: int, page_size: int = 1, num_sequences: int = 1) -> PagedKVCache:
         """An empty cache for this model with ``num_pages`` usable pages of ``page_size`` tokens."""
@@ -71,22 +83,16 @@ class GPT2:
             query.node_slots,
             query.slot_mapping,
         )
-        num_rows, eps = query.tokens.shape[0], config.layer_norm_epsilon
+        num_rows = query.tokens.shape[0]
         moments = ops.new_moments(num_rows, config.n_embd, self.device)  # of x, for layer norms
         x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe, moments)
         x = ops.pad_rows(x)  # [N or a few more, C]
-        for layer, (k, v), scale in zip(weights.layers, cache.layers, self._scales, strict=True):
-            q = ops.layer_norm_qkv(
-                *(x, layer.ln_1_weight, layer.ln_1_bias, eps, layer.c_attn_weight, layer.c_attn_bias),
-                *(k, v, route, moments),
-            )
+        for (c_attn, attn_proj, c_fc, mlp_proj, scale), (k, v) in zip(self._layers, cache.layers, strict=True):
+            q = ops.layer_norm_qkv(x, *c_attn, k, v, route, moments)
             mixed = ops.tree_attention(q, k, v, route, scale)
-            x = ops.linear_residual(mixed, layer.attn_c_proj_weight, layer.attn_c_proj_bias, x, moments)
-            h = ops.layer_norm_linear(
-                *(x, layer.ln_2_weight, layer.ln_2_bias, eps, layer.c_fc_weight, layer.c_fc_bias),
-                *(config.activation, moments),
-            )
-            x = ops.linear_residual(h, layer.mlp_c_proj_weight, layer.mlp_c_proj_bias, x, moments)
+            x = ops.linear_residual(mixed, *attn_proj, x, moments)
+            h = ops.layer_norm_linear(x, *c_fc, moments)
+            x = ops.linear_residual(h, *mlp_proj, x, moments)
         return x[:num_rows]
 
     def logits(self, hidden: torch.Tensor, tile_maxima: torch.Tensor | None = None) -> torch.Tensor:

@@ -37,15 +37,16 @@ def tree_attention(
     scale: float,
 ) -> torch.Tensor:
     """Each row attends to its own path: softmax(scale q k) v -> [N, H * D], sums in float32. Padding rows give 0."""
-    heads, dim = q.shape[1:]
-    multiple, agree = ROW_BLOCK, False
-    if not route.one_shape:
-        multiple, agree = agreeing(heads, dim, torch.get_num_threads())
-    attend = _by_columns if agree and COMPILES else _by_rows
-    mixed = q.new_empty(q.shape[0], heads, dim)
-    end = 0
-    for block in route.blocks:
-        end = attend(q, k_cache, v_cache, block, scale, multiple, mixed)
+    _, heads, dim = q.shape
+    if not route.parts:
+        multiple, agree = ROW_BLOCK, False
+        if not route.one_shape:
+            multiple, agree = agreeing(heads, dim, torch.get_num_threads())
+        how = _ByColumns if agree and COMPILES else _ByRows
+        route.parts.extend(how(block, heads, dim, multiple) for block in route.blocks)
+    mixed, end = q.new_empty(q.shape), 0
+    for part in route.parts:
+        end = part.attend(q, k_cache, v_cache, scale, mixed)
     if end < mixed.shape[0]:
         mixed[end:] = 0
     return mixed.view(-1, heads * dim)
@@ -73,32 +74,43 @@ def _workspace(thread: int, *shape: int) -> _Workspace:
         return _Workspace(*shape)
 
 
-def _by_columns(q, k_cache, v_cache, block: Block, scale: float, multiple: int, mixed) -> int:
-    """Write the rows of ``block``, and where the pass ends with them its padding: the first row not written."""
-    slots, start, count = block.slots, block.rows.start, len(block.ends)
-    padded = -(-count // multiple) * multiple
-    space = _workspace(threading.get_ident(), padded, len(slots), *q.shape[1:])
-    if q.dtype not in _SHIFTS:
-        where, slots = torch.from_numpy(slots), np.arange(len(slots))
-        q, k_cache, v_cache = q.float(), k_cache.index_select(0, where).float(), v_cache.index_select(0, where).float()
-    _gather(as_bits(q), start, count, kept_bits(k_cache), kept_bits(v_cache), slots, _SHIFTS[q.dtype], *space.gathered)
-    if len(space.keys) == 1:
-        torch.bmm(space.by_head, space.keys[0], out=space.scores)
-    else:
-        torch.cat([torch.bmm(space.by_head, some) for some in space.keys], -1, out=space.scores)
-    _weigh(space.weighed, block.columns, block.live, block.firsts, block.ends, np.float32(scale))
-    torch.bmm(*space.windows[0], out=space.mixed)
-    for window in space.windows[1:]:
-        space.mixed.baddbmm_(*window)
-    if start == 0 and mixed.shape[0] == padded:
-        mixed.copy_(space.by_row)
-        return padded
-    mixed[block.rows].copy_(space.by_row[:count])
-    return block.rows.stop
+class _ByColumns:
+    """How the rows of a block attend in products over shared columns, the same in every layer."""
+
+    def __init__(self, block: Block, heads: int, dim: int, multiple: int):
+        self.block, self.num_rows = block, -(-len(block.ends) // multiple) * multiple
+        self.space = _workspace(threading.get_ident(), self.num_rows, len(block.slots), heads, dim)
+        self.gather = block.rows.start, len(block.ends), block.slots, *self.space.gathered
+        self.weigh = self.space.weighed, block.columns, block.live, block.firsts, block.ends
+
+    def attend(self, q, k_cache, v_cache, scale: float, mixed) -> int:
+        """Write the rows of the block, and where the pass ends with them its padding: the first row not written."""
+        space = self.space
+        if q.dtype in _SHIFTS:
+            _gather(as_bits(q), *kept_bits(k_cache, v_cache), _SHIFTS[q.dtype], *self.gather)
+        else:
+            start, count, slots, *gathered = self.gather
+            some = [cache.index_select(0, torch.from_numpy(slots)).float() for cache in (k_cache, v_cache)]
+            wide = map(as_bits, (q.float(), *some))
+            _gather(*wide, _SHIFTS[torch.float32], start, count, np.arange(len(slots)), *gathered)
+        if len(space.keys) == 1:
+            torch.bmm(space.by_head, space.keys[0], out=space.scores)
+        else:
+            torch.cat([torch.bmm(space.by_head, some) for some in space.keys], -1, out=space.scores)
+        _weigh(*self.weigh, np.float32(scale))
+        torch.bmm(*space.windows[0], out=space.mixed)
+        for window in space.windows[1:]:
+            space.mixed.baddbmm_(*window)
+        rows = self.block.rows
+        if rows.start == 0 and mixed.shape[0] == self.num_rows:
+            mixed.copy_(space.by_row)
+            return self.num_rows
+        mixed[rows].copy_(space.by_row[: len(self.block.ends)])
+        return rows.stop
 
 
 @compiled
-def _gather(q, start, count, k_cache, v_cache, slots, shift, by_head, keys, values):
+def _gather(q, k_cache, v_cache, shift, start, count, slots, by_head, keys, values):
     """Queries of ``count`` rows, the last repeated where rows lack, and the keys and values of ``slots``, by head."""
     heads, dim = q.shape[1], q.shape[2]
     for head in range(heads):
@@ -164,26 +176,32 @@ def _softmax(values, count, parts):
         values[i] /= total
 
 
-def _by_rows(q, k_cache, v_cache, block: Block, scale: float, multiple: int, mixed) -> int:
-    """As ``_by_columns``, with tails row by row and windows in products of one shape."""
-    slots, columns, bias = block.lanes
-    q, live = q[block.rows], len(columns)
-    by_head = _padded(q.float().transpose(0, 1).contiguous(), -(-live // multiple) * multiple)
-    heads, _, dim = by_head.shape
-    keys, values = (cache.index_select(0, slots).float().transpose(0, 1) for cache in (k_cache, v_cache))  # [H, C, D]
-    each = _each(by_head[:, :live].reshape(-1, 1, dim), keys[:, columns].flatten(0, 1).transpose(1, 2))
-    windows = [slice(start, start + SHARED_WINDOW) for start in range(TAIL_WINDOW, len(slots), SHARED_WINDOW)]
-    shared = [torch.bmm(by_head, keys[:, window].transpose(1, 2))[:, :live] for window in windows]
-    scores = torch.cat([each.view(heads, live, TAIL_LANES), *shared], -1)
-    weights = torch.softmax(torch.add(bias, scores, alpha=scale), -1)  # [H, live, lanes]
-    tails = weights[..., :TAIL_LANES].reshape(-1, 1, TAIL_LANES)
-    sums = _padded(_each(tails, values[:, columns].flatten(0, 1)).view(heads, live, dim), by_head.shape[1])
-    for window in windows:
-        shift = TAIL_LANES - TAIL_WINDOW
-        some = weights[..., window.start + shift : window.stop + shift]
-        sums.baddbmm_(_padded(some, by_head.shape[1]), values[:, window])
-    mixed[block.rows].copy_(sums[:, : len(q)].transpose(0, 1))
-    return block.rows.stop
+class _ByRows:
+    """The same with tails row by row and windows in products of one shape."""
+
+    def __init__(self, block: Block, heads: int, dim: int, multiple: int):
+        self.rows, self.lanes = block.rows, block.lanes()
+        self.num_rows = -(-len(block.ends) // multiple) * multiple
+
+    def attend(self, q, k_cache, v_cache, scale: float, mixed) -> int:
+        """Write the rows of the block: the first row not written."""
+        (slots, columns, bias), q = self.lanes, q[self.rows]
+        live, (_, heads, dim) = len(columns), q.shape
+        by_head = _padded(q.float().transpose(0, 1).contiguous(), self.num_rows)
+        keys, values = (cache.index_select(0, slots).float().transpose(0, 1) for cache in (k_cache, v_cache))
+        each = _each(by_head[:, :live].reshape(-1, 1, dim), keys[:, columns].flatten(0, 1).transpose(1, 2))
+        windows = [slice(start, start + SHARED_WINDOW) for start in range(TAIL_WINDOW, len(slots), SHARED_WINDOW)]
+        shared = [torch.bmm(by_head, keys[:, window].transpose(1, 2))[:, :live] for window in windows]
+        scores = torch.cat([each.view(heads, live, TAIL_LANES), *shared], -1)
+        weights = torch.softmax(torch.add(bias, scores, alpha=scale), -1)  # [H, live, lanes]
+        tails = weights[..., :TAIL_LANES].reshape(-1, 1, TAIL_LANES)
+        sums = _padded(_each(tails, values[:, columns].flatten(0, 1)).view(heads, live, dim), self.num_rows)
+        for window in windows:
+            shift = TAIL_LANES - TAIL_WINDOW
+            some = weights[..., window.start + shift : window.stop + shift]
+            sums.baddbmm_(_padded(some, self.num_rows), values[:, window])
+        mixed[self.rows].copy_(sums[:, : len(q)].transpose(0, 1))
+        return self.rows.stop
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:

@@ -73,16 +73,18 @@ def as_bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(_INTEGERS[tensor.element_size()]).numpy()
 
 
-_bits: dict[int, tuple[weakref.ref, np.ndarray]] = {}  # by identity of the tensor
+_bits: dict[tuple[int, ...], tuple[np.ndarray, ...]] = {}  # by identity of the tensors
 
 
-def kept_bits(tensor: torch.Tensor) -> np.ndarray:
-    """``as_bits`` of a tensor that is not resized, remembered for as long as it lives."""
-    name = id(tensor)
-    kept = _bits.get(name)
+def kept_bits(*tensors: torch.Tensor) -> tuple[np.ndarray, ...]:
+    """``as_bits`` of tensors that are not resized, remembered until the first of them is gone."""
+    names = tuple(map(id, tensors))
+    kept = _bits.get(names)
     if kept is None:
-        kept = _bits[name] = weakref.ref(tensor, lambda _: _bits.pop(name)), as_bits(tensor)
-    return kept[1]
+        kept = _bits[names] = tuple(map(as_bits, tensors))
+        for tensor in tensors:
+            weakref.finalize(tensor, _bits.pop, names, None).atexit = False
+    return kept
 
 
 _views: OrderedDict[int, tuple[NamedTuple, Any]] = OrderedDict()  # by identity of the structure, which it keeps alive

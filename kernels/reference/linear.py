@@ -47,7 +47,7 @@ class Packed:
 
     def __init__(self, weight: torch.Tensor):
         self.shape, self.dtype, self._size = weight.shape, weight.dtype, weight.element_size()
-        self._row_counts: dict[tuple, tuple[int, ...]] = {}
+        self.known_counts: dict[tuple, tuple[int, ...]] = {}  # of ``row_counts``
         native = matrices_are_native(weight.dtype)
         halves = None if native and weight.dtype != torch.float32 else _in_halves(weight)
         if halves is not None:
@@ -85,12 +85,10 @@ class Packed:
             y = _activated(y.to(self.dtype), activation)
         return y if residual is None else residual + y
 
-    def row_counts(self, has_bias: bool, activation: str | None, has_residual: bool) -> tuple[int, ...]:
-        """``agreeing_rows`` of this matrix and as many threads as there are now."""
-        how = has_bias, activation, has_residual, torch.get_num_threads()
-        counts = self._row_counts.get(how)
-        if counts is None:
-            counts = self._row_counts[how] = agreeing_rows(self.library, self.shape, self.dtype, *how)
+    def row_counts(self, *how) -> tuple[int, ...]:
+        """``agreeing_rows`` of products of this matrix: with a bias or not, the activation, with a residual or not, and
+        the number of threads."""
+        counts = self.known_counts[how] = agreeing_rows(self.library, self.shape, self.dtype, *how)
         return counts
 
 
@@ -230,7 +228,7 @@ def layer_norm_qkv(
         slots, rows = (torch.from_numpy(some).to(x.device) for some in (route.slot_mapping[rows], rows))
         k_cache[slots], v_cache[slots] = qkv[rows, heads * dim :].unflatten(1, (2, heads, dim)).unbind(1)
     else:
-        _scatter(route.slot_mapping, as_bits(qkv), kept_bits(k_cache), kept_bits(v_cache))
+        _scatter(route.slot_mapping, as_bits(qkv), *kept_bits(k_cache, v_cache))
     return qkv.as_strided((qkv.shape[0], heads, dim), (3 * heads * dim, dim, 1))
 
 
@@ -296,13 +294,14 @@ def linear(
     num_rows, counts = x.shape[0], (ROW_BLOCK,)
     if isinstance(weight, Packed):
         product = weight.product
-        counts = weight.row_counts(bias is not None, activation, residual is not None)
+        how = bias is not None, activation, residual is not None, torch.get_num_threads()
+        counts = weight.known_counts.get(how) or weight.row_counts(*how)
         if num_rows in counts:
             return product(x, bias, activation, residual)
     else:
         product = functools.partial(_product, weight)
         if isinstance(weight, Quantized) and isinstance(weight.values, Packed):
-            counts = weight.values.row_counts(False, None, False)  # all else comes after the product
+            counts = weight.values.row_counts(False, None, False, torch.get_num_threads())  # all else comes after it
     padded = next((count for count in counts if count >= num_rows), -(-num_rows // ROW_BLOCK) * ROW_BLOCK)
     x, residual = (some if some is None else _with_rows(some, padded) for some in (x, residual))
     blocks = x.split(counts[-1])

@@ -3,7 +3,6 @@
 Slots are worked out on the host, once per pass. Dimension letters are explained in ``model/config.py``.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,7 +46,6 @@ class Block:
     ends: np.ndarray  # int64 [N], how many positions of them the row sees
     device: torch.device  # of the pass
 
-    @functools.cached_property
     def lanes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """On ``device``: ``slots``, every window whole, ``columns`` and the bias of all lanes, the columns of windows
         standing for theirs, float32 [N, TAIL_LANES + windows], 0 or, for a dead lane, -inf."""
@@ -64,6 +62,7 @@ class Route(NamedTuple):
     slot_mapping: np.ndarray  # int32 [N], where each row's K/V goes, -1 = nowhere
     blocks: list[Block]
     one_shape: bool
+    parts: list  # how ``tree_attention`` goes about each block, which it finds out in the first layer
 
 
 def route(
@@ -95,7 +94,7 @@ def route(
             arrays[1][count:], arrays[2][count:] = TAIL_WINDOW - 1, True
         blocks.append(Block(rows, *arrays, device))
         start += count
-    return Route(slot_mapping, blocks, padded)
+    return Route(slot_mapping, blocks, padded, [])
 
 
 def path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> torch.Tensor:
