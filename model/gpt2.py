@@ -86,7 +86,7 @@ class GPT2:
         num_rows = query.tokens.shape[0]
         moments = ops.new_moments(num_rows, config.n_embd, self.device)  # of x, for layer norms
         x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe, moments)
-        x = ops.pad_rows(x)  # [N or a few more, C]
+        x = ops.pad_rows(x, weights.layers[0].c_attn_weight)  # [N or a few more, C]
         for (c_attn, attn_proj, c_fc, mlp_proj, scale), (k, v) in zip(self._layers, cache.layers, strict=True):
             q = ops.layer_norm_qkv(x, *c_attn, k, v, route, moments)
             mixed = ops.tree_attention(q, k, v, route, scale)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from kernels.layout import DEPTH_LIMIT
 from kernels.reference import exponential, gumbel_noise, noise, sampling
 from kernels.reference.compiled import compiled
-from kernels.reference.linear import _ACTIVATIONS, _elementwise
+from kernels.reference.epilogue import ACTIVATIONS, elementwise
 from model.gpt2 import GPT2, Query
 from tests.helpers import (
     LENGTHS,
@@ -280,8 +280,8 @@ def test_passes_of_a_prefill(length, chunk, passes, monkeypatch):
 def test_activation_of_a_row(name, width, dtype):
     """The activation of a row, computed as the forward pass does, has the same bits alone and at every place."""
     x = (3 * torch.randn(33, width)).to(dtype)
-    alone = [_elementwise(_ACTIVATIONS[name], row.clone()) for row in x.split(1)]
-    assert_same_rows(_elementwise(_ACTIVATIONS[name], x), torch.cat(alone))
+    alone = [elementwise(ACTIVATIONS[name], row.clone()) for row in x.split(1)]
+    assert_same_rows(elementwise(ACTIVATIONS[name], x), torch.cat(alone))
 
 
 exponential_of = exponential.exp

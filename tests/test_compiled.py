@@ -147,6 +147,25 @@ def test_numpy_views_of_a_structure_are_kept_by_identity():
     assert compiled_module.in_numpy(first).seed.tolist() == [7.0, 7.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_bits_of_tensors_are_kept_while_they_live(dtype):
+    """A view that shares their memory, the same one every time; it goes with the first of them, and others that stand
+    where they stood have views of their own."""
+    before = len(compiled_module._bits)
+    first, second = torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)
+    kept = compiled_module.kept_bits(first, second)
+    assert compiled_module.kept_bits(first, second) is kept and len(compiled_module._bits) == before + 1
+    kept[1][1] = kept[0][0]
+    assert second.tolist() == [0.0, 1.0, 0.0]
+    del first
+    assert len(compiled_module._bits) == before
+    for number in range(100):
+        one = torch.full((3,), float(number), dtype=dtype)
+        assert np.array_equal(compiled_module.kept_bits(one, second)[0], compiled_module.as_bits(one))
+    del one
+    assert len(compiled_module._bits) == before
+
+
 @pytest.mark.skipif(not compiled_module.COMPILES, reason="needs numba, which keeps machine code")
 def test_whether_machine_code_lies_ready(tmp_path, monkeypatch):
     """A note of the sources, which every import leaves, is not machine code yet; what numba has kept is."""

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from kernels import gpu, reference
 from kernels.layout import ROW_BLOCK, ROW_MULTIPLE
-from kernels.reference import attention, linear
+from kernels.reference import attention, linear, matrices
 from kernels.reference.epilogue import NO_RESIDUAL, finish
-from kernels.reference.linear import Packed
+from kernels.reference.matrices import Packed
 from model.quantization import quantize_matrix
+from profiling.free_rows import free_rows
 from tests.helpers import assert_same_rows
 
 ENGINES = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
@@ -67,29 +68,34 @@ def test_what_16_bits_would_round_is_kept_whole():
     assert product(weight, torch.eye(64))[5, 3] == 1.0 + 2.0**-20
 
 
-@pytest.mark.parametrize(("rows", "padded_to"), [(1, 4), (3, 4), (4, 4), (5, 8), (16, 16), (17, 32), (32, 32)])
-def test_rows_are_padded_once_a_pass(rows, padded_to):
+@pytest.mark.parametrize("found", [(16, 32), (4, 8, 12, 16, 32), (*range(1, 17), 32)])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 17, 32, 33])
+def test_rows_are_padded_once_a_pass(rows, found, halves, monkeypatch):
     """With zeros, to what every product wants; a GPU's tiles are padded on the chip."""
-    x = torch.randn(rows, 8)
-    padded = reference.pad_rows(x)
-    assert len(padded) == padded_to
+    monkeypatch.setattr(matrices, "agreeing_rows", lambda *how: found)
+    x, weight = torch.randn(rows, 128), Packed(halves)
+    padded = reference.pad_rows(x, weight)
+    assert len(padded) in (*found, 48) and (rows in found or not len(padded) % min(4, found[0]))
+    assert len(padded) - rows < (found[0] if rows <= ROW_BLOCK else ROW_BLOCK)
     assert torch.equal(padded[:rows], x) and not padded[rows:].any()
-    assert gpu.pad_rows(x) is x
+    assert gpu.pad_rows(x, halves) is x
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "fewer", "most"),  # than ROW_BLOCK
+    ("spoilt", "step", "most"),
     [
-        (None, (4, 8, 12), 128),
-        (range(5, 16), (), 128),
-        (range(33, 129), (4, 8, 12), 32),
-        (range(64, 65), (4, 8, 12), 48),
+        (None, 1, 128),
+        (range(1, 4), 4, 128),
+        (range(5, 16), 16, 128),
+        (range(33, 129), 1, 32),
+        (range(64, 65), 1, 48),
     ],
 )
+@pytest.mark.parametrize("library", ["fbgemm", "onednn"])
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_how_many_rows_agree_is_found_out(has_residual, spoilt, fewer, most, monkeypatch):
+def test_how_many_rows_agree_is_found_out(library, has_residual, spoilt, step, most, monkeypatch):
     """A product that rounds otherwise for some numbers of rows, with a residual or without one; one by a library
-    without a promise is not tried."""
+    without a promise is not tried, and one that is compiled for each number of rows is not tried on each."""
 
     class Spoilt(Packed):
         def product(self, x, bias, activation, residual=None):
@@ -101,18 +107,40 @@ def test_how_many_rows_agree_is_found_out(has_residual, spoilt, fewer, most, mon
             super().__init__(weight)
             self.weight = weight.double()
 
-    monkeypatch.setattr(linear, "Packed", Spoilt)
-    library = Packed(torch.randn(8, 64)).library
+    monkeypatch.setattr(matrices, "Packed", Spoilt)
+    weight = torch.randn(8, 64).half().float() if library == "fbgemm" else torch.randn(8, 64)
+    if Packed(weight).library != library:
+        pytest.skip(f"torch multiplies by another library than {library} here")
+    least = 1 if library == "fbgemm" else ROW_MULTIPLE
 
     def agreeing(library: str, has_residual: bool) -> tuple[int, ...]:
-        return linear.agreeing_rows.__wrapped__(
+        return matrices.agreeing_rows.__wrapped__(
             library, torch.Size([48, 64]), torch.float32, False, None, has_residual, 1
         )
 
-    whole = tuple(range(ROW_BLOCK, 129, ROW_BLOCK))
-    assert agreeing(library, has_residual) == (*fewer, *range(ROW_BLOCK, most + 1, ROW_BLOCK))
-    assert agreeing(library, not has_residual) == (4, 8, 12, *whole)
+    def counts(step: int, most: int) -> tuple[int, ...]:
+        return *range(step, ROW_BLOCK, step), *range(ROW_BLOCK, most + 1, ROW_BLOCK)
+
+    assert agreeing(library, has_residual) == counts(max(step, least), most)
+    assert agreeing(library, not has_residual) == counts(least, 128)
     assert agreeing("torch", has_residual) == (ROW_BLOCK,)
+
+
+def test_rows_are_free_where_bits_may_depend_on_them(monkeypatch):
+    """Inside, products take five rows as they are; outside, what was found to agree holds again."""
+    asked, x = [], torch.randn(5, 128)
+    monkeypatch.setattr(Packed, "product", lambda self, block, *how: asked.append(len(block)) or block[:, :64])
+    monkeypatch.setattr(matrices, "agreeing_rows", lambda *how: (4, 8, 12, 16))
+
+    def rows_asked_for() -> list[int]:
+        asked.clear()
+        weight = Packed(torch.randn(64, 128))
+        linear.linear(reference.pad_rows(x, weight), weight, None)
+        return asked
+
+    with free_rows():
+        assert rows_asked_for() == [5] and attention.agreeing(3, 16, 1) == (1, True)
+    assert rows_asked_for() == [8]
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
@@ -122,7 +150,7 @@ def test_products_take_no_more_rows_than_agree(num_rows, has_residual, halves, m
     and each row's residual goes with it."""
     weight, x, asked = Packed(halves), torch.randn(num_rows, 128), []
     product = weight.product
-    monkeypatch.setattr(linear, "agreeing_rows", lambda *how: (4, 8, 12, 16, 32, 48))
+    monkeypatch.setattr(matrices, "agreeing_rows", lambda *how: (4, 8, 12, 16, 32, 48))
     monkeypatch.setattr(weight, "product", lambda block, *how: asked.append(len(block)) or product(block, *how))
     residual = torch.randn(num_rows, len(halves)) * 2.0**-20 if has_residual else None
     y = linear.linear(x, weight, None, residual=residual)

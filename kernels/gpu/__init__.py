@@ -49,7 +49,7 @@ def packed(weight: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
     return weight
 
 
-def pad_rows(x: torch.Tensor) -> torch.Tensor:
+def pad_rows(x: torch.Tensor, weight: torch.Tensor | Quantized) -> torch.Tensor:
     """``x`` [N, C] with the rows that every product of a pass wants: as it is, tiles are padded on the chip."""
     return x
 

@@ -8,10 +8,10 @@ from kernels.reference.linear import (
     linear_residual,
     lm_head,
     new_tile_maxima,
-    packed,
     pad_rows,
 )
 from kernels.reference.lookup import extend_tree, hash_context, learn, learn_text, lookup, lookup_nodes, new_recent
+from kernels.reference.matrices import packed
 from kernels.reference.moments import new_moments
 from kernels.reference.noise import gumbel_noise, philox, seed_number
 from kernels.reference.route import PREFILL_ROWS, TREE_SHAPE, embed, path_slots, route

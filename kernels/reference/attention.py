@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from kernels.layout import ROW_BLOCK, SHARED_WINDOW, TAIL_ALIGNMENT, TAIL_LANES, TAIL_WINDOW
 from kernels.reference.compiled import COMPILES, as_bits, compiled, kept_bits
 from kernels.reference.exponential import exp
-from kernels.reference.linear import agreeing_multiple
+from kernels.reference.matrices import agreeing_multiple
 from kernels.reference.route import Block, Route
 
 MOST_COLUMNS = TAIL_WINDOW + 8 * SHARED_WINDOW  # of a product, as many as are tried: GPT-2's context
