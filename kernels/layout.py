@@ -17,10 +17,10 @@ import torch
 DEPTH_LIMIT = 32  # deepest node of any tree, the root being at depth 0
 TAIL_ALIGNMENT = 16  # shared_end is a multiple of this
 TAIL_LANES = DEPTH_LIMIT + TAIL_ALIGNMENT
-SHARED_WINDOW = 128  # keys per product of the shared part, torch backend
+SHARED_WINDOW = 128  # keys per product of the shared part, torch backend; the last one may have fewer
 TAIL_WINDOW = 64  # keys per product of what the tails of a few rows hold, torch backend
-ROW_BLOCK = 16  # rows per product of the torch backend, or a multiple where such products agree
-ROW_MULTIPLE = 4  # rows per product are a multiple of this, where such products were found to agree bit for bit
+ROW_BLOCK = 16  # rows per product of the torch backend; more or fewer where such products were found to agree
+ROW_MULTIPLE = 4  # of this, where fewer rows than ROW_BLOCK agree bit for bit but not any number of them
 MAX_ROWS = 128  # rows of one pass over a tree; a longer pass is a prefill
 MOMENT_PART = 32  # values of a row whose moments are kept together; tiles that leave moments are a multiple of it
 VOCAB_TILE = 64  # logits whose maximum the output head may keep for the sampler
@@ -60,8 +60,8 @@ class Quantized:
         return self.numel() + self.scales.nbytes
 
 
-def shared_end(positions: torch.Tensor) -> torch.Tensor:
-    """First position of the tail of queries at ``positions`` [N]; see the module docstring."""
+def shared_end(positions: Any) -> Any:
+    """First position of the tail of queries at ``positions`` [N], a tensor or an array; see the module docstring."""
     end = (positions - DEPTH_LIMIT) // TAIL_ALIGNMENT * TAIL_ALIGNMENT
     return end * (end > 0)
 

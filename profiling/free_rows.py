@@ -1,4 +1,4 @@
-"""What it costs on a CPU that a row's bits do not depend on the number of rows: plain decoding without that rule."""
+"""Plain decoding on a CPU without the padding that keeps a row's bits the same for every number of rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,10 @@ from kernels.reference import attention, matrices
 
 @contextmanager
 def free_rows() -> Iterator[None]:
-    """Products of the torch backend take as many rows as there are, padded to no number that was found to agree.
+    """Products of the torch backend take as many rows as there are, whether these were found to agree or not.
 
-    For decoders that are loaded inside. Text of theirs may differ where two logits are a rounding step apart.
+    All else stays: the layouts of matrices, windows at fixed positions. For decoders that are loaded and run inside;
+    their text may differ where two logits are a rounding step apart.
     """
     every = tuple(range(1, MAX_ROWS + 1))
     with (

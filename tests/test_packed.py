@@ -1,6 +1,7 @@
 """Products of the torch backend: which of them were found to agree is found out rightly, and 16 bits lose nothing."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -68,15 +69,22 @@ def test_what_16_bits_would_round_is_kept_whole():
     assert product(weight, torch.eye(64))[5, 3] == 1.0 + 2.0**-20
 
 
-@pytest.mark.parametrize("found", [(16, 32), (4, 8, 12, 16, 32), (*range(1, 17), 32)])
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 17, 32, 33])
-def test_rows_are_padded_once_a_pass(rows, found, halves, monkeypatch):
+@pytest.mark.parametrize(
+    ("found", "lengths"),
+    [
+        ((16, 32), (16, 16, 16, 16, 32, 32, 48)),
+        ((4, 8, 12, 16, 32), (4, 4, 8, 16, 32, 32, 48)),
+        ((*range(1, 17), 32), (1, 3, 5, 16, 32, 32, 48)),
+    ],
+)
+@pytest.mark.parametrize("which", range(7))
+def test_rows_are_padded_once_a_pass(which, found, lengths, halves, monkeypatch):
     """With zeros, to what every product wants; a GPU's tiles are padded on the chip."""
     monkeypatch.setattr(matrices, "agreeing_rows", lambda *how: found)
+    rows = (1, 3, 5, 16, 17, 32, 33)[which]
     x, weight = torch.randn(rows, 128), Packed(halves)
     padded = reference.pad_rows(x, weight)
-    assert len(padded) in (*found, 48) and (rows in found or not len(padded) % min(4, found[0]))
-    assert len(padded) - rows < (found[0] if rows <= ROW_BLOCK else ROW_BLOCK)
+    assert len(padded) == lengths[which]
     assert torch.equal(padded[:rows], x) and not padded[rows:].any()
     assert gpu.pad_rows(x, halves) is x
 
@@ -281,7 +289,8 @@ def committed_pass(num_rows: list[int], start: int):
 
 @pytest.mark.parametrize("found", [(ROW_MULTIPLE, True), (ROW_MULTIPLE, False), (ROW_BLOCK, False)])
 @pytest.mark.parametrize(
-    ("num_rows", "start"), [([21], 5), ([19], 300), ([4] * 5, 40), ([5] * 3, 170), ([2] * 3, 560), ([1, 16], 47)]
+    ("num_rows", "start"),
+    [([21], 5), ([19], 300), ([4] * 5, 40), ([5] * 3, 170), ([2] * 3, 560), ([1, 16], 47), ([37], 1065)],
 )
 def test_attention_in_blocks(found, num_rows, start, monkeypatch):
     """Whatever was found to agree: softmax of the row's own prefix, and the same bits as the row by itself. Tails of
@@ -312,6 +321,30 @@ def test_attention_in_blocks(found, num_rows, start, monkeypatch):
         wanted = torch.einsum("hn,nhd->hd", weights, v[held].double()).flatten()
         assert (together[row] - wanted).abs().max() < 1e-5
         assert torch.equal(attend(slice(row, row + 1))[0], together[row])
+
+
+def test_threads_attend_beside_one_another():
+    """Passes of one shape in two threads, each over a cache of its own, give what they give one after the other."""
+    table, committed, sequences, positions, *rest = committed_pass([16], 200)
+    inputs = [[torch.randn(n, 3, 64) for n in (16, 1 + table.numel(), 1 + table.numel())] for _ in range(2)]
+
+    def mixed(index: int) -> torch.Tensor:
+        route = reference.route(table, 1, committed, sequences, positions, *rest)
+        return reference.tree_attention(*inputs[index], route, 0.3)
+
+    wanted, wrong = [mixed(0), mixed(1)], []
+
+    def attend(index: int) -> None:
+        for _ in range(300):
+            if not torch.equal(mixed(index), wanted[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=attend, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_sequences_that_share_the_end_of_their_text():

@@ -2,7 +2,6 @@
 
 import functools
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -25,7 +24,7 @@ def cheap_rows(device: torch.device, dtype: torch.dtype) -> int:
 def pad_rows(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """``x`` [N, C] with rows of zeros below, as products with ``weight`` and its like want them, so that none pads it
     again."""
-    return _with_rows(x, _enough_rows(x.shape[0], _row_counts(weight, True, None, False)))
+    return _with_rows(x, _enough_rows(x.shape[0], _row_counts(weight)))
 
 
 def layer_norm_linear(
@@ -57,9 +56,9 @@ def layer_norm_qkv(
     """Project layer_norm(x); scatter keys and values into their slots; return queries [N, H, D]."""
     qkv = linear(torch.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, bias)
     _, heads, dim = k_cache.shape
-    if route.one_shape:
-        rows = np.flatnonzero(route.slot_mapping >= 0)
-        slots, rows = (torch.from_numpy(some).to(x.device) for some in (route.slot_mapping[rows], rows))
+    assert qkv.dtype == k_cache.dtype, f"a cache in {k_cache.dtype} for a model in {qkv.dtype}"
+    if route.writes is not None:
+        rows, slots = route.writes
         k_cache[slots], v_cache[slots] = qkv[rows, heads * dim :].unflatten(1, (2, heads, dim)).unbind(1)
     else:
         _scatter(route.slot_mapping, as_bits(qkv), *kept_bits(k_cache, v_cache))
@@ -73,9 +72,9 @@ def _scatter(slots, qkv, k_cache, v_cache):
     for row in range(len(slots)):
         if slots[row] >= 0:
             for head in range(heads):
-                for i in range(dim):
-                    k_cache[slots[row], head, i] = qkv[row, (heads + head) * dim + i]
-                    v_cache[slots[row], head, i] = qkv[row, (2 * heads + head) * dim + i]
+                key, value = (heads + head) * dim, (2 * heads + head) * dim
+                k_cache[slots[row], head] = qkv[row, key : key + dim]
+                v_cache[slots[row], head] = qkv[row, value : value + dim]
 
 
 def linear_residual(
@@ -126,13 +125,13 @@ def linear(
     """activation(x @ weight.T + bias), or residual + x @ weight.T + bias, in products of rows that agree, padded with
     zeros where rows lack."""
     num_rows = x.shape[0]
+    assert residual is None or (activation is None and residual.shape[0] == num_rows)
     if isinstance(weight, Packed):
-        product, how = weight.product, (bias is not None, activation, residual is not None, torch.get_num_threads())
-        counts = weight.known_counts.get(how) or weight.row_counts(*how)
+        product, counts = weight.product, weight.row_counts(bias is not None, activation, residual is not None)
         if num_rows in counts:
             return product(x, bias, activation, residual)
     else:
-        product, counts = functools.partial(_product, weight), _row_counts(weight, False, None, False)
+        product, counts = functools.partial(_product, weight), _row_counts(weight)
     padded = _enough_rows(num_rows, counts)
     x, residual = (some if some is None else _with_rows(some, padded) for some in (x, residual))
     blocks = x.split(counts[-1])
@@ -141,14 +140,12 @@ def linear(
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[:num_rows]
 
 
-def _row_counts(weight: Matrix, has_bias: bool, activation: str | None, has_residual: bool) -> tuple[int, ...]:
-    """Numbers of rows, ascending, that a product of this kind may take; the last may be taken block after block."""
-    if isinstance(weight, Quantized):  # the product of the integers; all else comes after it
-        weight, has_bias, activation, has_residual = weight.values, False, None, False
-    if not isinstance(weight, Packed):
-        return (ROW_BLOCK,)
-    how = has_bias, activation, has_residual, torch.get_num_threads()
-    return weight.known_counts.get(how) or weight.row_counts(*how)
+def _row_counts(weight: Matrix) -> tuple[int, ...]:
+    """Numbers of rows, ascending, that a product with ``weight`` may take; the last may be taken block after block."""
+    if isinstance(weight, Quantized):
+        weight = weight.values  # all else comes after the product
+        return weight.row_counts(False, None, False) if isinstance(weight, Packed) else (ROW_BLOCK,)
+    return weight.row_counts(True, None, False) if isinstance(weight, Packed) else (ROW_BLOCK,)
 
 
 def _enough_rows(num_rows: int, counts: tuple[int, ...]) -> int:

@@ -40,7 +40,7 @@ class Packed:
 
     def __init__(self, weight: torch.Tensor):
         self.shape, self.dtype, self._size = weight.shape, weight.dtype, weight.element_size()
-        self.known_counts: dict[tuple, tuple[int, ...]] = {}  # of ``row_counts``
+        self._row_counts: dict[tuple, tuple[int, ...]] = {}
         native = matrices_are_native(weight.dtype)
         halves = None if native and weight.dtype != torch.float32 else _in_halves(weight)
         if halves is not None:
@@ -78,10 +78,12 @@ class Packed:
             y = activated(y.to(self.dtype), activation)
         return y if residual is None else residual + y
 
-    def row_counts(self, *how) -> tuple[int, ...]:
-        """``agreeing_rows`` of products of this matrix: with a bias or not, the activation, with a residual or not, and
-        the number of threads."""
-        counts = self.known_counts[how] = agreeing_rows(self.library, self.shape, self.dtype, *how)
+    def row_counts(self, has_bias: bool, activation: str | None, has_residual: bool) -> tuple[int, ...]:
+        """``agreeing_rows`` of products of this matrix with as many threads as there are."""
+        how = has_bias, activation, has_residual, torch.get_num_threads()
+        counts = self._row_counts.get(how)
+        if counts is None:
+            counts = self._row_counts[how] = agreeing_rows(self.library, self.shape, self.dtype, *how)
         return counts
 
 

@@ -46,7 +46,7 @@ class Block:
     ends: np.ndarray  # int64 [N], how many positions of them the row sees
     device: torch.device  # of the pass
 
-    def lanes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def on_device(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """On ``device``: ``slots``, every window whole, ``columns`` and the bias of all lanes, the columns of windows
         standing for theirs, float32 [N, TAIL_LANES + windows], 0 or, for a dead lane, -inf."""
         slots = np.pad(self.slots, (0, -(len(self.slots) - TAIL_WINDOW) % SHARED_WINDOW))
@@ -62,6 +62,7 @@ class Route(NamedTuple):
     slot_mapping: np.ndarray  # int32 [N], where each row's K/V goes, -1 = nowhere
     blocks: list[Block]
     one_shape: bool
+    writes: tuple[torch.Tensor, torch.Tensor] | None  # rows that have a slot, and it, int64 on a GPU; None on a CPU
     parts: list  # how ``tree_attention`` goes about each block, which it finds out in the first layer
 
 
@@ -94,7 +95,11 @@ def route(
             arrays[1][count:], arrays[2][count:] = TAIL_WINDOW - 1, True
         blocks.append(Block(rows, *arrays, device))
         start += count
-    return Route(slot_mapping, blocks, padded, [])
+    writes = None
+    if padded:
+        rows = np.flatnonzero(slot_mapping >= 0)
+        writes = tuple(torch.from_numpy(some.astype(np.int64)).to(device) for some in (rows, slot_mapping[rows]))
+    return Route(slot_mapping, blocks, padded, writes, [])
 
 
 def path_slots(page_table, page_size, committed, sequences, positions, paths, node_slots) -> torch.Tensor:
