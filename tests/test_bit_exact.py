@@ -329,3 +329,10 @@ def test_layer_norm_of_a_row(dtype):
         x, weight, bias = torch.randn(33, width).to(dtype), torch.randn(width).to(dtype), torch.randn(width).to(dtype)
         alone = [F.layer_norm(row, (width,), weight, bias) for row in x.split(1)]
         assert_same_rows(F.layer_norm(x, (width,), weight, bias), torch.cat(alone))
+
+
+def test_a_cache_of_another_dtype_is_refused():
+    """K and V are written as bits, so it would hold garbage."""
+    model, cache = tiny_gpt2(torch.bfloat16), tiny_gpt2(torch.float32).new_cache(8)
+    with pytest.raises(AssertionError, match="a cache in torch.float32 for a model in torch.bfloat16"):
+        model.prefill([1, 2, 3], cache)

@@ -16,9 +16,10 @@ from decoding.compare import HFGenerate
 from decoding.config import default_speculation
 from decoding.decoder import BUNDLED
 from decoding.execution import MAX_PLANS, Captured
+from kernels.reference import matrices
 from model import bundle
 from profiling import ablations, dram, paper, paper_session, paper_tables, prompts
-from profiling.demo import SETTINGS
+from profiling.demo import SETTINGS, unpadded_row
 from profiling.paper_runs import FIXED, STOPPED, Case, Ours, OwnGap, TokensDiffer, digest, run_case
 from profiling.paper_session import Config
 from profiling.paper_tables import GREEDY, TOP_K
@@ -318,3 +319,17 @@ def test_where_stages_come_from(tmp_path):
     assert paper_session.sources(Config(out=tmp_path, oracle="gpt2-large")) == ([None], [None])
     with pytest.raises(ValueError, match="--draft2 auto goes with the bundled oracle alone"):
         paper_session.sources(Config(out=tmp_path, oracle="gpt2-large", draft2=("auto",)))
+
+
+def test_the_baseline_without_padding_is_the_baseline(monkeypatch):
+    """Its texts are compared prompt by prompt, its speed with runs that take turns, and its rows are what they say."""
+    decoder, rows = StagedDecoder.from_pretrained(draft=None, draft2=None, dtype="bfloat16"), []
+    pointwise = matrices.Packed.product
+    monkeypatch.setattr(
+        matrices.Packed, "product", lambda self, x, *how: rows.append(len(x)) or pointwise(self, x, *how)
+    )
+    monkeypatch.setattr(matrices, "agreeing_rows", lambda *how: (8, 16, 32))
+    row = unpadded_row(decoder, "bfloat16", tokens=6, repeats=1)
+    assert row["method"] == "baseline, rows not padded" and row["identical"] == "3 of 3"
+    assert row["tokens_per_second"] > 0 and row["speedup"] > 0 and row["tokens_per_oracle_pass"] == 1
+    assert {1, 8} <= set(rows), "one row without padding, eight with it"

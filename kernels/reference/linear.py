@@ -142,10 +142,9 @@ def linear(
 
 def _row_counts(weight: Matrix) -> tuple[int, ...]:
     """Numbers of rows, ascending, that a product with ``weight`` may take; the last may be taken block after block."""
-    if isinstance(weight, Quantized):
-        weight = weight.values  # all else comes after the product
-        return weight.row_counts(False, None, False) if isinstance(weight, Packed) else (ROW_BLOCK,)
-    return weight.row_counts(True, None, False) if isinstance(weight, Packed) else (ROW_BLOCK,)
+    is_quantized = isinstance(weight, Quantized)  # bias and all else come after its product
+    matrix = weight.values if is_quantized else weight
+    return matrix.row_counts(not is_quantized, None, False) if isinstance(matrix, Packed) else (ROW_BLOCK,)
 
 
 def _enough_rows(num_rows: int, counts: tuple[int, ...]) -> int:
