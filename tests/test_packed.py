@@ -196,6 +196,16 @@ def test_a_residual_is_added(num_rows, library, dtype):
     assert torch.equal(reference.linear_residual(x[-1:], matrix, bias, residual[-1:])[0], y[-1])
 
 
+def test_rows_of_a_product_in_8_bits(monkeypatch):
+    """As many as agree where nothing is added to the sums, for bias and activation come after them."""
+    monkeypatch.setattr(
+        matrices, "agreeing_rows", lambda library, shape, dtype, has_bias, *how: (16,) if has_bias else (4, 8, 16)
+    )
+    matrix = reference.packed(quantize_matrix(torch.randn(64, 128)))
+    assert len(reference.pad_rows(torch.randn(5, 128), matrix)) == 8
+    assert len(reference.pad_rows(torch.randn(5, 128), Packed(torch.randn(64, 128)))) == 16
+
+
 @pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("library", ["fbgemm", "onednn"])
 def test_an_activation_follows(library, activation):
