@@ -34,7 +34,7 @@ from profiling.flags import count
 from profiling.iteration import iteration
 from profiling.machine import describe
 from profiling.machine_code import TARGETS, Report, Source, launches, source_of, try_compile
-from profiling.shapes import BUNDLED, SHAPES
+from profiling.shapes import BUNDLED, GROWN, SHAPES
 
 ALL_SHAPES = {**SHAPES, **BUNDLED}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -213,14 +213,16 @@ def tiles_text(source: Source) -> str:
 
 
 def model_tables(archs: list[str]) -> list[str]:
-    """What the passes of GPT-2 Large should cost."""
-    return [model_table(arch, num_rows) for arch in archs for num_rows in (1, 64)]
+    """What the passes of GPT-2 Large should cost, and those of the draft of ``profiling.grown``, in bfloat16 and int8."""
+    large, draft = SHAPES["large"], GROWN[1]
+    passes = [(large, 1, False), (large, 16, False), (large, 64, False), (draft, 16, False), (draft, 16, True)]
+    return [model_table(arch, num_rows, shape, quantized) for arch in archs for shape, num_rows, quantized in passes]
 
 
 def model_document(tables: list[str]) -> str:
     about = describe(torch.device("cpu"))
     body = "\n\n".join(f"```\n{table}\n```" for table in tables)
-    return f"""# Where the time of GPT-2 Large should go
+    return f"""# Where the time of GPT-2 Large and of a draft should go
 
 Modelled, not measured, and fitted to no measurement: `profiling/cost.py` and its constants.
 Triton {triton.__version__}, commit {about["commit"]}, {about["date"]}, `{about["command"]}`.
@@ -239,7 +241,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print rows as JSON, one a line")
     parser.add_argument("--check", action="store_true", help="compare with the snapshot of this Triton version")
     parser.add_argument("--update", action="store_true", help="rewrite that snapshot; takes every default")
-    parser.add_argument("--model", action="store_true", help="print the cost model's tables for GPT-2 Large and stop")
+    parser.add_argument("--model", action="store_true", help="print the cost model's tables and stop")
     parser.add_argument("--out", type=Path, help="with --model: also write them here, as Markdown")
     parser.add_argument("--processes", type=count, default=os.cpu_count())
     args = parser.parse_args(argv)

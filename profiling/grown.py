@@ -1,12 +1,13 @@
 """The bundled models' text at the cost of models of the paper's size: no training, no network.
 
-    python -m profiling.grown --out DIR     # DIR/oracle: 36 layers, 1280 wide; DIR/draft: 4 layers, 832 wide (40 M)
+    python -m profiling.grown --out DIR     # DIR/oracle: 36 layers, 1280 wide; DIR/draft: 2 layers, 1152 wide (42 M)
     python -m profiling.latency --oracle DIR/oracle --draft DIR/draft --draft2 model/bundled/draft2
 
 Both begin as the function of a bundled model (``model.growth``), so they write its text and agree as often as the small
 ones do, while a pass streams the bytes of GPT-2 Large (but for the vocabulary, which stays the bundled one) and of the
-paper's draft. Latency and traffic measured on them are real; the text is a small model's. Weights whose values do not
-matter yet are random, not zero, except those that add to the residual stream.
+paper's draft, which is wide and shallow here, since each layer waits for five launches. Latency and traffic measured on
+them are real; the text is a small model's. Weights whose values do not matter yet are random, not zero, except those
+that add to the residual stream.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from decoding.decoder import BUNDLED
 from model.growth import grow
 from profiling.flags import count
 
-SIZES = {"oracle": (36, 1280), "draft": (4, 832)}
+SIZES = {"oracle": (36, 1280), "draft": (2, 1152)}
 HEAD_DIM = 64
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 

@@ -53,7 +53,7 @@ BUNDLED = {
     "draft": Shape("bundled draft", 2, 128, 2, vocab=8192),
 }
 # Of ``profiling.grown``: a vocabulary that is the bundled one.
-GROWN = (Shape("grown-oracle", 36, 1280, 20, vocab=8192), Shape("grown-draft", 4, 832, 13, vocab=8192))
+GROWN = (Shape("grown-oracle", 36, 1280, 20, vocab=8192), Shape("grown-draft", 2, 1152, 18, vocab=8192))
 
 
 class Operation(NamedTuple):
