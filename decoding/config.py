@@ -100,6 +100,12 @@ class SpeculationConfig:
         _require_number("tau", self.tau, lambda v: v >= LEAST_TEMPERATURE, f"at least {LEAST_TEMPERATURE}")
         _require_number("min_prob", self.min_prob, lambda v: 0 <= v < 1, "in [0, 1)")
 
+    def __str__(self) -> str:
+        """One line, as ``staged plan`` prints it; ``repr`` has every field."""
+        stages = zip(self.stages, self.rounds, self.widths, self.children, strict=True)
+        parts = [f"{stage} {rounds} x {width} nodes x {children} children" for stage, rounds, width, children in stages]
+        return ", ".join([*parts, f"{self.budget} nodes at most {self.max_depth} deep"]) if parts else "no speculation"
+
     @property
     def min_score(self) -> float:
         """``min_prob`` as a path score."""

@@ -1,6 +1,7 @@
 """Types of the reports' flags, so that a number nothing can be made of is refused before a model is loaded."""
 
 import argparse
+import math
 from collections.abc import Callable
 
 
@@ -17,6 +18,14 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 count = at_least(1)
+
+
+def positive(text: str) -> float:
+    """A finite number above 0. Raises like ``at_least``."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return value
 
 
 def counts(text: str) -> list[int]:

@@ -32,7 +32,7 @@ from kernels import reference
 from profiling import passes, roofline
 from profiling.calls import TOLERANCES, Call, bind, check, make_calls, relative_error, run
 from profiling.comparators import Comparator, as_rows, comparators, flex_comparator
-from profiling.flags import count
+from profiling.flags import count, positive
 from profiling.markdown import OURS, WAITING, kernel_tables
 from profiling.rows import Rows, about, timed
 from profiling.shapes import SHAPES, Operation, Shape
@@ -308,7 +308,7 @@ def main() -> int:
     )
     parser.add_argument("--text-length", type=count, default=512, help="committed tokens before the tree")
     parser.add_argument("--samples", type=count, default=40)
-    parser.add_argument("--budget-seconds", type=float, default=480)
+    parser.add_argument("--budget-seconds", type=positive, default=480)
     parser.add_argument("--jobs", type=count, default=min(16, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU with the torch twins")

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from profiling import machine, prompts
-from profiling.flags import at_least, count
+from profiling.flags import at_least, count, positive
 from profiling.rows import about, write_whole
 from profiling.suite_report import write_report
 from profiling.suite_steps import ROOT, Step, plan
@@ -182,7 +182,7 @@ def run_all(suite: Suite, budget_seconds: float, deadline: float) -> None:
 
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--budget-minutes", type=float, required=True, help="of this call")
+    flags.add_argument("--budget-minutes", type=positive, required=True, help="of this call")
     flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="what is there already is gone on with")
     flags.add_argument("--mini", action="store_true", help="toy sizes, on a CPU: whether the flow works")
     flags.add_argument("--only", nargs="+", metavar="STEP", help="leave out all others")
@@ -208,8 +208,8 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--vocab-size", type=count, default=50257)
     training.add_argument("--draft-layers", type=count, default=2)
     training.add_argument("--draft-width", type=count, default=640)
-    training.add_argument("--oracle-minutes", type=float, help="default: 0.3 of the budget")
-    training.add_argument("--draft-minutes", type=float, help="default: 0.15 of the budget")
+    training.add_argument("--oracle-minutes", type=positive, help="default: 0.3 of the budget")
+    training.add_argument("--draft-minutes", type=positive, help="default: 0.15 of the budget")
     training.add_argument("--tokens-per-step", type=count, default=32768)
     training.add_argument("--tokens-per-pass", type=at_least(0), default=16384)
     training.add_argument("--samples", type=count, default=300_000, help="tokens that the draft writes for draft2")

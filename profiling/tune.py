@@ -32,7 +32,7 @@ from kernels.gpu import config
 from kernels.gpu.config import LinearTiles, linear_tiles
 from profiling.bench import TIMED_ROWS, Bench
 from profiling.calls import Call, bind, make_calls
-from profiling.flags import count
+from profiling.flags import count, positive
 from profiling.rows import Rows, about
 from profiling.shapes import GROWN, SHAPES, Operation, Shape
 from profiling.tiles import candidates
@@ -243,7 +243,7 @@ def main() -> int:
     parser.add_argument("--limit", type=count, default=40, help="candidates per weight")
     parser.add_argument("--jobs", type=count, default=min(16, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--samples", type=count, default=20)
-    parser.add_argument("--budget-seconds", type=float, default=480)
+    parser.add_argument("--budget-seconds", type=positive, default=480)
     parser.add_argument("--table", type=Path, help="table to read and write instead of the package's own")
     parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU with the torch twins")
     parser.add_argument("--out", type=Path, help="folder for a row per candidate and a copy of the table")

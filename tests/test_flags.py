@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from profiling.flags import at_least, count, counts
+from profiling.flags import at_least, count, counts, positive
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,22 @@ def test_counts_are_whole_numbers_with_commas():
     assert at_least(0)("0") == 0
     with pytest.raises(argparse.ArgumentTypeError, match="at least 0, got -1"):
         at_least(0)("-1")
+
+
+@pytest.mark.parametrize("flag", ["--budget-minutes", "--oracle-minutes", "--draft-minutes"])
+def test_a_suite_has_some_time(flag, monkeypatch, capsys):
+    suite = importlib.import_module("profiling.suite")
+    monkeypatch.setattr(sys, "argv", ["suite", flag, "0", "--out", "unused"])
+    with pytest.raises(SystemExit) as stopped:
+        suite.main()
+    assert stopped.value.code == 2
+    assert f"argument {flag}: must be above 0 and finite, got 0" in capsys.readouterr().err
+
+
+def test_a_time_is_a_finite_number():
+    assert positive("0.5") == 0.5
+    for text in ("-1", "nan", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
+            positive(text)
+    with pytest.raises(ValueError):
+        positive("soon")

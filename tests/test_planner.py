@@ -56,6 +56,11 @@ def test_a_neighbour_differs_in_one_number_by_one_step():
     assert {shape.min_prob for shape in alone} == {0.0}, "the lowest stage takes no notice of it"
 
 
+def test_a_shape_is_read_in_a_line():
+    assert str(STAGED) == ("draft2 4 x 4 nodes x 4 children, draft 1 x 15 nodes x 6 children, 15 nodes at most 12 deep")
+    assert str(SpeculationConfig()) == "no speculation"
+
+
 def test_a_chain_stays_a_chain():
     assert list(neighbours(chain(4))) == [chain(3), chain(6)]
     assert list(neighbours(chain(1))) == [chain(2)]
