@@ -213,7 +213,7 @@ def tiles_text(source: Source) -> str:
 
 
 def model_tables(archs: list[str]) -> list[str]:
-    """What the passes of GPT-2 Large should cost, and those of the draft of ``profiling.grown``, in bfloat16 and int8."""
+    """What passes of GPT-2 Large should cost, and of the draft of ``profiling.grown``, in bfloat16 and int8."""
     large, draft = SHAPES["large"], GROWN[1]
     passes = [(large, 1, False), (large, 16, False), (large, 64, False), (draft, 16, False), (draft, 16, True)]
     return [model_table(arch, num_rows, shape, quantized) for arch in archs for shape, num_rows, quantized in passes]
