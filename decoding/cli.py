@@ -159,7 +159,7 @@ def run_generate(flags: argparse.Namespace) -> None:
 def run_plan(flags: argparse.Namespace) -> None:
     _refuse_unused(flags)
     for name, least in (("turns", 1), ("max_new_tokens", 1), ("minutes", 0)):
-        if getattr(flags, name) < least:
+        if not getattr(flags, name) >= least:  # nan is not
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(flags, name)}")
     if not flags.out.parent.is_dir():
         raise ValueError(f"--out: no folder {flags.out.parent}")

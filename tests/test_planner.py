@@ -157,9 +157,10 @@ def test_the_command_writes_a_plan_that_other_commands_take(tmp_path, capsys):
         cli.main(["generate", *few, *flags])
         texts.append(capsys.readouterr().out.splitlines()[-1])
     assert texts[0] == texts[1]
-    with pytest.raises(SystemExit):
-        cli.main(["plan", *few, "--out", str(path), "--turns", "0"])
-    assert "--turns must be at least 1, got 0" in capsys.readouterr().err
+    for flag, number, least in (("--turns", "0", 1), ("--minutes", "nan", 0), ("--minutes", "-1", 0)):
+        with pytest.raises(SystemExit):
+            cli.main(["plan", *few, "--out", str(path), flag, number])
+        assert f"{flag} must be at least {least}, got {number}" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # before the search, not after it
         cli.main(["plan", *few, "--out", str(tmp_path / "missing" / "plan.json")])
     assert f"--out: no folder {tmp_path / 'missing'}" in capsys.readouterr().err
