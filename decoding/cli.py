@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
     try:
         flags.run(flags)
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader like head has seen enough; nothing must be flushed to it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"staged {flags.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -77,7 +83,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-k", type=int, default=50, help="0: off (default: 50)")
     command.add_argument("--top-p", type=float, default=1.0, help="1: off, the default")
     command.add_argument("--min-p", type=float, default=0.0, help="0: off, the default")
-    command.add_argument("--seed", type=int, help="default: a fresh one for generate, 0 for compare")
+    command.add_argument("--seed", type=int, help="of sampled text; default: a fresh one for generate, 0 for compare")
     add_model_flags(command)
 
 
@@ -163,6 +169,8 @@ def run_plan(flags: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(flags, name)}")
     if not flags.out.parent.is_dir():
         raise ValueError(f"--out: no folder {flags.out.parent}")
+    if flags.out.is_dir() or not os.access(flags.out if flags.out.exists() else flags.out.parent, os.W_OK):
+        raise ValueError(f"--out: {flags.out} is no file that can be written")
     decoder = load_decoder(flags)
     ids = [decoder.encode(prompt) for prompt in flags.prompts or DEMO_PROMPTS]
     sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}

@@ -67,15 +67,18 @@ def compare(
 
     All methods get the same seed; every one's tokens are compared with the baseline's, prompt by prompt. Hugging Face's
     generate is run where ``hf`` is given and decoding is greedy; where it differs, the row says from which token on and
-    how close its own two best logits were there. Times include prefill; a short generation warms up each method.
+    how close its own two best logits were there. Times include prefill; a short generation warms up each method, and
+    they take turns prompt by prompt, so that a machine which is slower for a while is slower for all of them.
     """
     prompt_ids = [decoder.encode(prompt) for prompt in prompts]
     sampling = {"seed": 0, "ignore_eos": True} | sampling
     available = available_methods(decoder)
-    runs = {}
     for method in available:
         decoder.generate(prompt_ids[0], max_new_tokens=min(8, max_new_tokens), method=method, **sampling)
-        runs[method] = [_timed(decoder, ids, max_new_tokens, method, sampling) for ids in prompt_ids]
+    runs = {method: [] for method in available}
+    for ids in prompt_ids:
+        for method, timed in runs.items():
+            timed.append(_timed(decoder, ids, max_new_tokens, method, sampling))
     baseline = runs["baseline"]
     rows = []
     if hf is not None and not sampling.get("do_sample"):

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from decoding import SpeculationConfig, StagedDecoder
 from profiling import machine, prompts
-from profiling.flags import count
+from profiling.flags import count, in_one_line
 
 TOP_K = {"do_sample": True, "top_k": 50, "temperature": 1.0}
 RULES = {
@@ -96,6 +96,7 @@ def markdown(rows: list[dict], about: dict, conditions: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@in_one_line("acceptance")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=prompts.folder_with(prompts.MBPP), required=True)

@@ -25,7 +25,7 @@ from kernels.reference import lookup
 from model.gpt2 import GPT2
 from profiling import machine, prompts
 from profiling.acceptance import repeated_share
-from profiling.flags import count
+from profiling.flags import count, in_one_line
 
 SETTINGS = {
     "greedy": SamplingConfig(),
@@ -112,6 +112,7 @@ def markdown(rows: list[dict], conditions: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@in_one_line("agreement")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--oracle", default="bundled")

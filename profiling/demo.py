@@ -24,8 +24,9 @@ from decoding.display import coloured, legend, stage_styles
 from kernels import reference
 from profiling import machine
 from profiling.acceptance import repeated_share
-from profiling.flags import count
+from profiling.flags import count, in_one_line
 from profiling.free_rows import free_rows
+from profiling.prompts import check_lengths
 
 TOP_K = "top-k 50, T = 1"
 SETTINGS = {"greedy": {}, TOP_K: {"do_sample": True, "top_k": 50, "temperature": 1.0}}
@@ -88,6 +89,7 @@ def picture(text: Text, key: Text) -> str:
     return re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="staged generate --color"), flags=re.DOTALL)
 
 
+@in_one_line("demo")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="auto", help="float32 or bfloat16; default: what suits this processor")
@@ -96,6 +98,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
     decoder = StagedDecoder.from_pretrained(dtype=flags.dtype)
+    context = decoder.oracle.model.config.n_positions
+    check_lengths([decoder.encode(prompt) for prompt in DEMO_PROMPTS], flags.tokens, context)
     hf = HFGenerate(str(BUNDLED / "oracle"), decoder.oracle.model.dtype, decoder.oracle.model.device)
     tables, outputs = {}, {}
     for setting, sampling in SETTINGS.items():

@@ -25,7 +25,7 @@ from decoding.compare import HFGenerate, first_difference
 from decoding.config import METHODS, chain
 from decoding.decoder import BUNDLED
 from profiling import machine, prompts
-from profiling.flags import count
+from profiling.flags import count, in_one_line
 
 TIE = 1e-4
 
@@ -129,6 +129,7 @@ def run_bundled(prompts_by_index: dict[int, list[int]], num_tokens: int, threads
     return run(chosen, hf, prompts_by_index, num_tokens)
 
 
+@in_one_line("equality")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=prompts.folder_with(prompts.HUMANEVAL), required=True)

@@ -1,8 +1,10 @@
-"""Types of the reports' flags, so that a number nothing can be made of is refused before a model is loaded."""
+"""What the reports' flags have in common: types of numbers, and what the user can mend said in one line."""
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -31,3 +33,13 @@ def positive(text: str) -> float:
 def counts(text: str) -> list[int]:
     """Several, with commas between them."""
     return [count(part) for part in text.split(",")]
+
+
+@contextmanager
+def in_one_line(command: str) -> Iterator[None]:
+    """Exit code 2 and one line on standard error for what the user can mend. Around a block, or above a ``main``."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"profiling.{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -12,16 +12,16 @@ that add to the residual stream.
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
 
 from decoding import make
 from decoding.decoder import BUNDLED
 from model.growth import grow
-from profiling.flags import count
+from profiling.flags import count, in_one_line
 
 SIZES = {"oracle": (36, 1280), "draft": (2, 1152)}
 HEAD_DIM = 64
@@ -58,21 +58,19 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+@in_one_line("grown")
 def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
-    try:
-        for name in SIZES:
-            if any((flags.out / name / file).exists() for file in (make.SOURCES, make.CARD)):
-                raise ValueError(f"{flags.out / name} holds a model that was trained, or is, and would be lost")
-        for name in SIZES:
-            layers, width = getattr(flags, f"{name}_size")
-            count = write(BUNDLED / name, flags.out / name, layers, width)
-            print(f"{flags.out / name}: {layers} layers, {width} wide, {count / 1e6:.1f} M parameters")
-        models = f"--oracle {flags.out / 'oracle'} --draft {flags.out / 'draft'} --draft2 {BUNDLED / 'draft2'}"
-        print(f"python -m profiling.latency {models}")
-    except ValueError as error:
-        print(f"profiling.grown: {error}", file=sys.stderr)
-        sys.exit(2)
+    for name in SIZES:
+        if any((flags.out / name / file).exists() for file in (make.SOURCES, make.CARD)):
+            raise ValueError(f"{flags.out / name} holds a model that was trained, or is, and would be lost")
+    logging.disable_progress_bar()
+    for name in SIZES:
+        layers, width = getattr(flags, f"{name}_size")
+        count = write(BUNDLED / name, flags.out / name, layers, width)
+        print(f"{flags.out / name}: {layers} layers, {width} wide, {count / 1e6:.1f} M parameters")
+    models = f"--oracle {flags.out / 'oracle'} --draft {flags.out / 'draft'} --draft2 {BUNDLED / 'draft2'}"
+    print(f"python -m profiling.latency {models}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from decoding.config import METHODS
 from decoding.decoder import BUNDLED
 from model import weights
 from profiling import machine, memory, peers, prompts
-from profiling.flags import at_least, count, counts
+from profiling.flags import at_least, count, counts, in_one_line
 from profiling.latency_table import markdown
 
 PERCENTAGES = (10, 25, 50, 75, 90, 99)
@@ -315,11 +315,8 @@ def write(document: dict, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
-    try:
+    with in_one_line("latency"):
         document = benchmark(flags)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"profiling.latency: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     print(markdown(document))
     if any(row["method"] in METHODS and row["differences"] for row in document["rows"]):
         raise SystemExit("methods differ: this is a bug")

@@ -45,6 +45,13 @@ def folder_with(name: str) -> Callable[[str], Path]:
     return folder
 
 
+def check_lengths(prompt_ids: list[list[int]], new_tokens: int, context: int) -> None:
+    """Raises ValueError where the longest prompt leaves no room for as many new tokens in the oracle's context."""
+    longest = max(map(len, prompt_ids))
+    if longest + new_tokens > context:
+        raise ValueError(f"a prompt of {longest} tokens and {new_tokens} new ones exceed the context, {context}")
+
+
 def humaneval(folder: Path) -> list[str]:
     """The 164 prompts of HUMANEVAL below ``folder``."""
     with gzip.open(folder / HUMANEVAL, "rt", encoding="utf-8") as file:

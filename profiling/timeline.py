@@ -30,7 +30,7 @@ from decoding import StagedDecoder
 from decoding.cli import add_model_flags, load_decoder
 from decoding.compare import DEMO_PROMPTS, available_methods
 from profiling import chart, machine, prompts, timeline_tables, trace
-from profiling.flags import count
+from profiling.flags import count, in_one_line
 from profiling.instruction_samples import INTERPRETER, owners, sampling
 from profiling.spans import PREFILL, Run, bytes_moved, generate, instrumented
 
@@ -240,13 +240,11 @@ def main() -> int:
     if flags.ranges and not torch.cuda.is_available():
         print("--ranges needs a GPU")
         return 2
-    try:
+    with in_one_line("timeline"):
         decoder = load_decoder(flags)
-    except ValueError as error:
-        print(f"profiling.timeline: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    texts = prompts.humaneval(flags.prompts)[: flags.count] if flags.prompts else list(DEMO_PROMPTS)[: flags.count]
-    prompt_ids = [decoder.encode(text) for text in texts]
+        texts = prompts.humaneval(flags.prompts)[: flags.count] if flags.prompts else list(DEMO_PROMPTS)[: flags.count]
+        prompt_ids = [decoder.encode(text) for text in texts]
+        prompts.check_lengths(prompt_ids, flags.tokens, decoder.oracle.model.config.n_positions)
     with tempfile.TemporaryDirectory() as scratch:
         folder = flags.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

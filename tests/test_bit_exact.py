@@ -1,4 +1,4 @@
-"""THE contract, section 5 of the design: verification is bit for bit the computation of plain decoding.
+"""The contract of bit-exactness: verification is bit for bit the computation of plain decoding.
 
 For one device, dtype, backend and thread count, the logits row of a query token depends only on its own path: not on
 the number of rows, not on the other rows or their order, not on the tree, not on where its K/V lies, not on how many

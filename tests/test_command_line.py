@@ -55,6 +55,13 @@ def test_the_command_itself_ends_with_one_line_too():
     assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "decoding", "generate", "import os", "--max-new-tokens", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_json_has_no_colours(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["generate", "x", "--json", "--color"])

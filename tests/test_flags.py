@@ -52,6 +52,25 @@ def test_a_suite_has_some_time(flag, monkeypatch, capsys):
     assert f"argument {flag}: must be above 0 and finite, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "report, arguments, said",
+    [
+        ("demo", ["--dtype", "foo"], "dtype"),
+        ("demo", ["--tokens", "1010"], "exceed the context, 1024"),
+        ("timeline", ["--tokens", "1010"], "exceed the context, 1024"),
+        ("agreement", ["--oracle", "no/such/folder"], "no/such/folder"),
+        ("grown", ["--out", "/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(report, arguments, said, monkeypatch, capsys):
+    module = importlib.import_module(f"profiling.{report}")
+    monkeypatch.setattr(sys, "argv", [report, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith(f"profiling.{report}: ") and said in error
+
+
 def test_a_time_is_a_finite_number():
     assert positive("0.5") == 0.5
     for text in ("-1", "nan", "inf"):

@@ -161,6 +161,9 @@ def test_the_command_writes_a_plan_that_other_commands_take(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(["plan", *few, "--out", str(path), flag, number])
         assert f"{flag} must be at least {least}, got {number}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["plan", *few, "--out", str(tmp_path)])
+    assert f"--out: {tmp_path} is no file that can be written" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # before the search, not after it
         cli.main(["plan", *few, "--out", str(tmp_path / "missing" / "plan.json")])
     assert f"--out: no folder {tmp_path / 'missing'}" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The Triton backend: the names and signatures of ``kernels.reference``, on the GPU or in Triton's interpreter."""
+"""The Triton backend: the operations that models and the loop call, under the names and signatures that they have in
+``kernels.reference``, on the GPU or in Triton's interpreter."""
 
 import torch
 

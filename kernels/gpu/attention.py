@@ -173,7 +173,7 @@ def _tree_attention_kernel(
     stride_part = num_rows.to(tl.int64) * H
     first = block * BLOCK_ROWS
     tail_first = first + (part - PARTS) * TAIL_ROWS
-    if tail_first >= num_rows:  # tails of rows that do not exist
+    if tail_first >= num_rows:  # tails of rows that do not exist; of a window, part - PARTS is below 0
         return
     if part < PARTS:
         row, mask_row, q = load_queries(q_head_ptr, first, num_rows, C, D, BLOCK_ROWS)

@@ -1,4 +1,5 @@
-"""The torch specification of every operation, one name and signature per Triton kernel, and the CPU backend."""
+"""The torch specification and CPU backend: every operation that models and the loop call, and parts of them that tests
+and hosts use alone (noise, hashes, the walk of verification), which the Triton backend has inside its kernels."""
 
 from kernels.reference.attention import tree_attention
 from kernels.reference.linear import (

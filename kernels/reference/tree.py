@@ -37,7 +37,8 @@ def new_tree(capacity: int, device: torch.device | str = "cpu", root: int | None
 def select_nodes(
     tree: Tree, stage: int, width: int, max_depth: int | torch.Tensor, min_score: float = -math.inf
 ) -> torch.Tensor:
-    """The ``width`` best nodes that ``stage`` has not scored, by path score: int32 [<= width], rising.
+    """The ``width`` best nodes that ``stage`` has not scored, by path score: int32 [<= width], rising;
+    on a GPU, where shapes are fixed, [width] with -1 behind them.
 
     Nodes deeper than ``max_depth`` (a number, or an int32 tensor whose first element counts), nodes whose path score is
     not above ``min_score`` and nodes below a rejected edge (score -inf) are never taken. What is returned together with
