@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -23,13 +22,11 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exit code 2 and one line on standard error for what the user can mend."""
+    if arguments is None:  # the program itself: it ends where a reader like head has seen enough, as others do
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     flags = parser().parse_args(arguments)
     try:
         flags.run(flags)
-        sys.stdout.flush()
-    except BrokenPipeError:  # a reader like head has seen enough; nothing must be flushed to it at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"staged {flags.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -167,10 +164,10 @@ def run_plan(flags: argparse.Namespace) -> None:
     for name, least in (("turns", 1), ("max_new_tokens", 1), ("minutes", 0)):
         if not getattr(flags, name) >= least:  # nan is not
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(flags, name)}")
-    if not flags.out.parent.is_dir():
-        raise ValueError(f"--out: no folder {flags.out.parent}")
-    if flags.out.is_dir() or not os.access(flags.out if flags.out.exists() else flags.out.parent, os.W_OK):
-        raise ValueError(f"--out: {flags.out} is no file that can be written")
+    try:
+        flags.out.open("a").close()  # before the search, not after it
+    except OSError as error:
+        raise ValueError(f"--out: {flags.out}: {error.strerror}") from error
     decoder = load_decoder(flags)
     ids = [decoder.encode(prompt) for prompt in flags.prompts or DEMO_PROMPTS]
     sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}

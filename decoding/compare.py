@@ -68,7 +68,8 @@ def compare(
     All methods get the same seed; every one's tokens are compared with the baseline's, prompt by prompt. Hugging Face's
     generate is run where ``hf`` is given and decoding is greedy; where it differs, the row says from which token on and
     how close its own two best logits were there. Times include prefill; a short generation warms up each method, and
-    they take turns prompt by prompt, so that a machine which is slower for a while is slower for all of them.
+    they take turns prompt by prompt, so that a machine which is slower for a while is slower for all of them. Hugging
+    Face's generate comes last.
     """
     prompt_ids = [decoder.encode(prompt) for prompt in prompts]
     sampling = {"seed": 0, "ignore_eos": True} | sampling

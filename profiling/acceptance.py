@@ -96,7 +96,6 @@ def markdown(rows: list[dict], about: dict, conditions: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-@in_one_line("acceptance")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=prompts.folder_with(prompts.MBPP), required=True)
@@ -105,17 +104,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=count, default=2)
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
-    decoder = StagedDecoder.from_pretrained()
+    with in_one_line("acceptance"):
+        if flags.out:
+            flags.out.mkdir(parents=True, exist_ok=True)
+        decoder = StagedDecoder.from_pretrained()
     prompt_ids = [decoder.encode(text) for text in prompts.mbpp(flags.prompts, flags.count)]
     rows = measure(decoder, prompt_ids, flags.tokens, flags.seeds)
     about = machine.describe(decoder.oracle.model.device)
     conditions = f"{len(prompt_ids)} MBPP prompts x {flags.tokens} tokens, {flags.seeds} seeds, {decoder.runtime}"
     table = markdown(rows, about, conditions)
+    print(table)
     if flags.out:
-        flags.out.mkdir(parents=True, exist_ok=True)
         (flags.out / "acceptance.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         (flags.out / "acceptance.md").write_text(table)
-    print(table)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,6 @@ def markdown(rows: list[dict], conditions: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-@in_one_line("agreement")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--oracle", default="bundled")
@@ -126,10 +125,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for agreement.json and agreement.md")
     flags = parser.parse_args()
     decoders = {}
-    for draft in flags.draft or [str(BUNDLED / "draft")]:
-        for draft2 in flags.draft2 or [str(BUNDLED / "draft2")]:
-            name = " + ".join("/".join(Path(source).parts[-2:]) for source in (draft2, draft))
-            decoders[name] = StagedDecoder.from_pretrained(flags.oracle, draft, draft2)
+    with in_one_line("agreement"):
+        if flags.out:
+            flags.out.mkdir(parents=True, exist_ok=True)
+        for draft in flags.draft or [str(BUNDLED / "draft")]:
+            for draft2 in flags.draft2 or [str(BUNDLED / "draft2")]:
+                name = " + ".join("/".join(Path(source).parts[-2:]) for source in (draft2, draft))
+                decoders[name] = StagedDecoder.from_pretrained(flags.oracle, draft, draft2)
     decoder = next(iter(decoders.values()))
     texts = prompts.mbpp(flags.prompts, flags.count) if flags.prompts else list(DEMO_PROMPTS)
     rows = measure(decoders, [decoder.encode(text) for text in texts], flags.tokens)
@@ -139,11 +141,10 @@ def main() -> None:
         f"{about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`"
     )
     table = markdown(rows, conditions)
+    print(table)
     if flags.out:
-        flags.out.mkdir(parents=True, exist_ok=True)
         (flags.out / "agreement.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         (flags.out / "agreement.md").write_text(table)
-    print(table)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from profiling import machine
 from profiling.acceptance import repeated_share
 from profiling.flags import count, in_one_line
 from profiling.free_rows import free_rows
-from profiling.prompts import check_lengths
+from profiling.prompts import check_length
 
 TOP_K = "top-k 50, T = 1"
 SETTINGS = {"greedy": {}, TOP_K: {"do_sample": True, "top_k": 50, "temperature": 1.0}}
@@ -89,7 +89,6 @@ def picture(text: Text, key: Text) -> str:
     return re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="staged generate --color"), flags=re.DOTALL)
 
 
-@in_one_line("demo")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="auto", help="float32 or bfloat16; default: what suits this processor")
@@ -97,9 +96,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
-    decoder = StagedDecoder.from_pretrained(dtype=flags.dtype)
-    context = decoder.oracle.model.config.n_positions
-    check_lengths([decoder.encode(prompt) for prompt in DEMO_PROMPTS], flags.tokens, context)
+    with in_one_line("demo"):
+        if flags.out:
+            flags.out.mkdir(parents=True, exist_ok=True)
+        decoder = StagedDecoder.from_pretrained(dtype=flags.dtype)
+        longest = max(len(decoder.encode(prompt)) for prompt in DEMO_PROMPTS)
+        check_length(longest, flags.tokens, decoder.oracle.model.config.n_positions)
     hf = HFGenerate(str(BUNDLED / "oracle"), decoder.oracle.model.dtype, decoder.oracle.model.device)
     tables, outputs = {}, {}
     for setting, sampling in SETTINGS.items():
@@ -118,13 +120,12 @@ def main() -> None:
     styles = stage_styles([stage.name for stage in decoder.lower])
     prompt, out = DEMO_PROMPTS[1], outputs[TOP_K][1]  # greedy text of a small model loops
     shown = coloured(decoder.tokenizer, prompt, out.new_token_ids, out.token_stages, styles)
+    print(markdown(tables, conditions))
     if flags.out:
-        flags.out.mkdir(parents=True, exist_ok=True)
         rows = {"about": about, "repeated_8_grams": repeated, "tables": tables}
         (flags.out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
         (flags.out / "demo.md").write_text(markdown(tables, conditions))
         (flags.out / "demo.svg").write_text(picture(shown, legend(styles)))
-    print(markdown(tables, conditions))
 
 
 if __name__ == "__main__":

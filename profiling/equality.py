@@ -129,7 +129,6 @@ def run_bundled(prompts_by_index: dict[int, list[int]], num_tokens: int, threads
     return run(chosen, hf, prompts_by_index, num_tokens)
 
 
-@in_one_line("equality")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=prompts.folder_with(prompts.HUMANEVAL), required=True)
@@ -138,7 +137,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes that share the prompts")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
-    decoder = StagedDecoder.from_pretrained(device="cpu", dtype="float32")
+    with in_one_line("equality"):
+        if flags.out:
+            flags.out.mkdir(parents=True, exist_ok=True)
+        decoder = StagedDecoder.from_pretrained(device="cpu", dtype="float32")
     room = max(1, decoder.oracle.model.config.n_positions - flags.tokens)
     texts = prompts.humaneval(flags.prompts)[: flags.limit]
     ids = {i: decoder.tokenizer.encode(text).ids[-room:] for i, text in enumerate(texts)}
@@ -149,11 +151,10 @@ def main() -> None:
         rows = merged([part.result() for part in parts])
     about = machine.describe(torch.device("cpu"))
     table = markdown(rows, flags.tokens, about)
+    print(table)
     if flags.out:
-        flags.out.mkdir(parents=True, exist_ok=True)
         (flags.out / "equality.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         (flags.out / "equality.md").write_text(table)
-    print(table)
     sys.exit(any(row["different"] for row in rows))
 
 

@@ -37,7 +37,8 @@ def counts(text: str) -> list[int]:
 
 @contextmanager
 def in_one_line(command: str) -> Iterator[None]:
-    """Exit code 2 and one line on standard error for what the user can mend. Around a block, or above a ``main``."""
+    """Exit code 2 and one line on standard error for what the user can mend: around what loads and checks, not around
+    hours of work, whose errors need their traceback."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:

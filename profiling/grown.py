@@ -4,10 +4,10 @@
     python -m profiling.latency --oracle DIR/oracle --draft DIR/draft --draft2 model/bundled/draft2
 
 Both begin as the function of a bundled model (``model.growth``), so they write its text and agree as often as the small
-ones do, while a pass streams the bytes of GPT-2 Large (but for the vocabulary, which stays the bundled one) and of the
-paper's draft, which is wide and shallow here, since each layer waits for five launches. Latency and traffic measured on
-them are real; the text is a small model's. Weights whose values do not matter yet are random, not zero, except those
-that add to the residual stream.
+ones do, whatever their shape, while a pass streams the bytes of GPT-2 Large (but for the vocabulary, which stays the
+bundled one) and of the paper's draft. That is wide and shallow here, since each layer waits for five launches; trained,
+a draft of as few layers might agree less. Latency and traffic measured on them are real; the text is a small model's.
+Weights whose values do not matter yet are random, not zero, except those that add to the residual stream.
 """
 
 import argparse
@@ -61,14 +61,15 @@ def parser() -> argparse.ArgumentParser:
 @in_one_line("grown")
 def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
+    flags.out.mkdir(parents=True, exist_ok=True)
     for name in SIZES:
         if any((flags.out / name / file).exists() for file in (make.SOURCES, make.CARD)):
             raise ValueError(f"{flags.out / name} holds a model that was trained, or is, and would be lost")
     logging.disable_progress_bar()
     for name in SIZES:
         layers, width = getattr(flags, f"{name}_size")
-        count = write(BUNDLED / name, flags.out / name, layers, width)
-        print(f"{flags.out / name}: {layers} layers, {width} wide, {count / 1e6:.1f} M parameters")
+        parameters = write(BUNDLED / name, flags.out / name, layers, width)
+        print(f"{flags.out / name}: {layers} layers, {width} wide, {parameters / 1e6:.1f} M parameters")
     models = f"--oracle {flags.out / 'oracle'} --draft {flags.out / 'draft'} --draft2 {BUNDLED / 'draft2'}"
     print(f"python -m profiling.latency {models}")
 

@@ -278,9 +278,7 @@ def benchmark(flags: argparse.Namespace) -> dict:
     sampling, skipped = sampling_of(flags), {}
     decoder, systems, load_hf = load_systems(flags, skipped)
     make_prompts, described = prompts_of(flags, decoder)
-    context = decoder.oracle.model.config.n_positions
-    if (longest := max(flags.input_len) + max(flags.output_len)) > context:
-        raise ValueError(f"input-len + output-len is {longest}, the oracle's context {context}")
+    prompts.check_length(max(flags.input_len), max(flags.output_len), decoder.oracle.model.config.n_positions)
     about = machine.describe(decoder.oracle.model.device) | {
         "runtime": str(decoder.runtime),
         "sampling": sampling,

@@ -45,10 +45,10 @@ def folder_with(name: str) -> Callable[[str], Path]:
     return folder
 
 
-def check_lengths(prompt_ids: list[list[int]], new_tokens: int, context: int) -> None:
-    """Raises ValueError where the longest prompt leaves no room for as many new tokens in the oracle's context."""
-    longest = max(map(len, prompt_ids))
-    if longest + new_tokens > context:
+def check_length(longest: int, new_tokens: int, context: int) -> None:
+    """Raises ValueError where a prompt of ``longest`` tokens leaves no room for as many new ones in the oracle's
+    context; the last one is drawn, and fed to nobody."""
+    if longest + new_tokens > context + 1:
         raise ValueError(f"a prompt of {longest} tokens and {new_tokens} new ones exceed the context, {context}")
 
 

@@ -117,7 +117,7 @@ def _microbenchmarks(flags: argparse.Namespace, seconds: float) -> list[Step]:
         return ("--out", str(flags.out / name))
 
     def budget(share: float) -> tuple[str, ...]:
-        return ("--budget-seconds", f"{share * seconds:.0f}")
+        return ("--budget-seconds", f"{max(1, share * seconds):.0f}")
 
     kernels = ("-m", "profiling.kernels", *folder("kernels"), *budget(0.17), *rehearsed)
     sampler = ("-m", "profiling.sampler", *folder("sampler"), *rehearsed)

@@ -241,13 +241,14 @@ def main() -> int:
         print("--ranges needs a GPU")
         return 2
     with in_one_line("timeline"):
+        if flags.out:
+            flags.out.mkdir(parents=True, exist_ok=True)
         decoder = load_decoder(flags)
         texts = prompts.humaneval(flags.prompts)[: flags.count] if flags.prompts else list(DEMO_PROMPTS)[: flags.count]
         prompt_ids = [decoder.encode(text) for text in texts]
-        prompts.check_lengths(prompt_ids, flags.tokens, decoder.oracle.model.config.n_positions)
+        prompts.check_length(max(map(len, prompt_ids)), flags.tokens, decoder.oracle.model.config.n_positions)
     with tempfile.TemporaryDirectory() as scratch:
         folder = flags.out or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
         if flags.ranges:
             under_ranges(decoder, prompt_ids, flags.tokens, flags.ranges, folder)
             return 0

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from profiling.flags import at_least, count, counts, positive
+from profiling.prompts import check_length
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,7 @@ def test_a_suite_has_some_time(flag, monkeypatch, capsys):
         ("demo", ["--tokens", "1010"], "exceed the context, 1024"),
         ("timeline", ["--tokens", "1010"], "exceed the context, 1024"),
         ("agreement", ["--oracle", "no/such/folder"], "no/such/folder"),
+        ("agreement", ["--out", "/proc/nothing"], "/proc/nothing"),
         ("grown", ["--out", "/proc/nothing"], "/proc/nothing"),
     ],
 )
@@ -69,6 +71,12 @@ def test_what_the_user_can_mend_is_one_line(report, arguments, said, monkeypatch
         module.main()
     error = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and error.startswith(f"profiling.{report}: ") and said in error
+
+
+def test_the_last_token_needs_no_place_in_the_context():
+    check_length(24, 1001, 1024)
+    with pytest.raises(ValueError, match="a prompt of 24 tokens and 1002 new ones exceed the context, 1024"):
+        check_length(24, 1002, 1024)
 
 
 def test_a_time_is_a_finite_number():

@@ -12,12 +12,12 @@ from profiling import grown
 def folder(tmp_path_factory):
     """The bundled oracle and draft, a little larger."""
     out = tmp_path_factory.mktemp("grown")
-    grown.main(["--out", str(out), "--oracle-size", "9", "448", "--draft-size", "3", "192"])
+    grown.main(["--out", str(out), "--oracle-size", "9", "448", "--draft-size", "2", "192"])
     return out
 
 
 def test_sizes(folder):
-    for name, layers, width in (("oracle", 9, 448), ("draft", 3, 192)):
+    for name, layers, width in (("oracle", 9, 448), ("draft", 2, 192)):
         config = AutoConfig.from_pretrained(folder / name)
         assert (config.n_layer, config.n_embd, config.n_head) == (layers, width, width // 64)
 

@@ -197,7 +197,7 @@ def test_a_sampled_run_with_a_peer_that_is_not_installed(stages, tmp_path, monke
     "flags, message",
     [
         (["--top-k", "5"], "need --do-sample"),
-        (["--random", "--input-len", "90", "--output-len", "7"], "input-len \\+ output-len is 97, .* context 96"),
+        (["--random", "--input-len", "90", "--output-len", "8"], "90 tokens and 8 new ones exceed the context, 96"),
         (["--random", "--method", "staged"], "method 'staged' needs draft2"),
         (["--input-len", "5"], "without a tokenizer"),
         (["--random", "--num-iters", "0"], "--num-iters: must be at least 1, got 0"),
@@ -231,3 +231,20 @@ def test_a_comparison_near_the_end_of_the_context(tmp_path):
     hf = HFGenerate(str(tmp_path), torch.float32, torch.device("cpu"))
     rows, _ = compare(decoder, [random_tokens(17)], 8, {}, hf)
     assert [(row["method"], row["identical"]) for row in rows] == [("HF generate", "1 of 1"), ("baseline", "1 of 1")]
+
+
+def test_methods_take_turns_prompt_by_prompt(monkeypatch):
+    model, order = hf_model(n_positions=64), []
+    decoder = StagedDecoder.from_pretrained(model, model, draft2=None, dtype="float32", device="cpu")
+    generate = decoder.generate
+
+    def noted(ids, max_new_tokens, method, **options):
+        order.append((len(ids), method))
+        return generate(ids, max_new_tokens=max_new_tokens, method=method, **options)
+
+    monkeypatch.setattr(decoder, "generate", noted)
+    rows, outputs = compare(decoder, [random_tokens(5), random_tokens(9)], 4, {})
+    methods = [row["method"] for row in rows]
+    warm_up = [(5, method) for method in methods]
+    assert len(methods) > 1 and order == warm_up + [(length, method) for length in (5, 9) for method in methods]
+    assert [len(out.new_token_ids) for out in outputs] == [4, 4]

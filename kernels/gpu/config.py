@@ -17,8 +17,9 @@ TABLE = Path(__file__).with_name("tuned.json")
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 MAX_SPLITS = 8  # each costs its sum once more
 PREFILL_ROWS = 1024  # rows of one pass of a long prompt, a multiple of MAX_ROWS
-# On an H200 the fastest of seven with the bundled chain at the paper's sizes and three prompts, greedy and sampled, by
-# 4 % over the next: a second pass of the draft cost more than it brought (profiling/results/h200/shapes-dfab1a0.txt).
+# On an H200 the fastest of seven with the bundled chain of then at the paper's sizes, a draft of four layers, three
+# prompts, greedy and sampled, by 4 % over the next: a second pass of the draft cost more than it brought
+# (profiling/results/h200/shapes-dfab1a0.txt).
 TREE_SHAPE = TreeShape(lookup_rounds=4, lookup_width=6, draft_rounds=1, draft_children=4, min_prob=0.0)
 
 
