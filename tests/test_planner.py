@@ -36,8 +36,9 @@ def test_default_trees_fill_the_rows_that_a_pass_takes_cheaply(monkeypatch):
 
 
 def test_rows_are_cheap_where_matrices_are_native(monkeypatch):
-    for native, rows in ((True, 16), (False, 8)):
+    for native, tiles, rows in ((True, True, 16), (True, False, 12), (False, True, 8), (False, False, 8)):
         monkeypatch.setattr(linear, "matrices_are_native", lambda dtype, native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
         assert linear.cheap_rows(torch.device("cpu"), torch.bfloat16) == rows
         assert linear.cheap_rows(torch.device("cpu"), torch.float32) == 8
 

@@ -14,11 +14,15 @@ from kernels.reference.route import Route
 
 
 def cheap_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """Rows that a pass takes for little more than one: matrix instructions take a block as they take a row, vector
-    units take longer, and half a block was never far from the best.
+    """Rows that a pass takes for little more than one: a matrix unit (AMX) takes a block as it takes a row, vector
+    instructions for bfloat16 (AVX512-BF16) take longer and those for float32 longer still. There three quarters of a
+    block, and half of one, were never far from the best.
     """
-    on_vectors = device.type == "cpu" and not (dtype == torch.bfloat16 and matrices_are_native(dtype))
-    return ROW_BLOCK // 2 if on_vectors else ROW_BLOCK
+    if device.type != "cpu":
+        return ROW_BLOCK
+    if dtype == torch.bfloat16 and matrices_are_native(dtype):
+        return ROW_BLOCK if torch.cpu._is_amx_tile_supported() else 3 * ROW_BLOCK // 4
+    return ROW_BLOCK // 2
 
 
 def pad_rows(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
