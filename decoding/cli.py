@@ -2,8 +2,9 @@
 
 import argparse
 import json
-import signal
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -22,11 +23,14 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exit code 2 and one line on standard error for what the user can mend."""
-    if arguments is None:  # the program itself: it ends where a reader like head has seen enough, as others do
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     flags = parser().parse_args(arguments)
     try:
         flags.run(flags)
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader like head has seen enough; rich ends in the same way, with the same code
+        with suppress(OSError, ValueError):  # where standard output is no file there is nothing left to flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"staged {flags.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -164,11 +168,11 @@ def run_plan(flags: argparse.Namespace) -> None:
     for name, least in (("turns", 1), ("max_new_tokens", 1), ("minutes", 0)):
         if not getattr(flags, name) >= least:  # nan is not
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(flags, name)}")
+    decoder = load_decoder(flags)
     try:
         flags.out.open("a").close()  # before the search, not after it
     except OSError as error:
         raise ValueError(f"--out: {flags.out}: {error.strerror}") from error
-    decoder = load_decoder(flags)
     ids = [decoder.encode(prompt) for prompt in flags.prompts or DEMO_PROMPTS]
     sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}
     found = search(decoder, ids, sampling, flags.max_new_tokens, flags.turns, flags.minutes, print)

@@ -104,9 +104,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=count, default=2)
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
-    with in_one_line("acceptance"):
-        if flags.out:
-            flags.out.mkdir(parents=True, exist_ok=True)
+    with in_one_line("acceptance", flags.out):
         decoder = StagedDecoder.from_pretrained()
     prompt_ids = [decoder.encode(text) for text in prompts.mbpp(flags.prompts, flags.count)]
     rows = measure(decoder, prompt_ids, flags.tokens, flags.seeds)

@@ -125,9 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for agreement.json and agreement.md")
     flags = parser.parse_args()
     decoders = {}
-    with in_one_line("agreement"):
-        if flags.out:
-            flags.out.mkdir(parents=True, exist_ok=True)
+    with in_one_line("agreement", flags.out):
         for draft in flags.draft or [str(BUNDLED / "draft")]:
             for draft2 in flags.draft2 or [str(BUNDLED / "draft2")]:
                 name = " + ".join("/".join(Path(source).parts[-2:]) for source in (draft2, draft))

@@ -96,9 +96,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
-    with in_one_line("demo"):
-        if flags.out:
-            flags.out.mkdir(parents=True, exist_ok=True)
+    with in_one_line("demo", flags.out):
         decoder = StagedDecoder.from_pretrained(dtype=flags.dtype)
         longest = max(len(decoder.encode(prompt)) for prompt in DEMO_PROMPTS)
         check_length(longest, flags.tokens, decoder.oracle.model.config.n_positions)

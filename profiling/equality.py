@@ -137,9 +137,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes that share the prompts")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the rows there")
     flags = parser.parse_args()
-    with in_one_line("equality"):
-        if flags.out:
-            flags.out.mkdir(parents=True, exist_ok=True)
+    with in_one_line("equality", flags.out):
         decoder = StagedDecoder.from_pretrained(device="cpu", dtype="float32")
     room = max(1, decoder.oracle.model.config.n_positions - flags.tokens)
     texts = prompts.humaneval(flags.prompts)[: flags.limit]

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -36,10 +37,13 @@ def counts(text: str) -> list[int]:
 
 
 @contextmanager
-def in_one_line(command: str) -> Iterator[None]:
+def in_one_line(command: str, out: Path | None = None) -> Iterator[None]:
     """Exit code 2 and one line on standard error for what the user can mend: around what loads and checks, not around
-    hours of work, whose errors need their traceback."""
+    hours of work, whose errors need their traceback. The folder ``out`` is made first, so that nothing is
+    lost for want of it."""
     try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"profiling.{command}: {' '.join(str(error).split())}", file=sys.stderr)

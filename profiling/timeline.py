@@ -240,9 +240,7 @@ def main() -> int:
     if flags.ranges and not torch.cuda.is_available():
         print("--ranges needs a GPU")
         return 2
-    with in_one_line("timeline"):
-        if flags.out:
-            flags.out.mkdir(parents=True, exist_ok=True)
+    with in_one_line("timeline", flags.out):
         decoder = load_decoder(flags)
         texts = prompts.humaneval(flags.prompts)[: flags.count] if flags.prompts else list(DEMO_PROMPTS)[: flags.count]
         prompt_ids = [decoder.encode(text) for text in texts]

@@ -18,6 +18,7 @@ from kernels.gpu.launch import record
 from kernels.gpu.linear import linear
 from kernels.layout import MOMENT_PART
 from model.quantization import quantize_matrix
+from profiling import aot, grown
 from profiling.aot import Job, Row, gate_failures
 from profiling.aot_snapshot import differences
 from profiling.cost import LAUNCH, MACHINES, modelled_seconds, occupancy
@@ -285,3 +286,21 @@ print("one read and one write, a barrier between:", len(loads) == len(stores) ==
 """
     done = run("-c", code)
     assert "one read and one write, a barrier between: True" in done.stdout and "False" not in done.stdout, done.stdout
+
+
+def test_the_model_has_every_pass_that_a_reader_is_promised(monkeypatch, tmp_path, capsys):
+    """GPT-2 Large with one row, a block and four; the draft of ``profiling.grown`` with a block, in int8, too."""
+
+    def table(arch, num_rows, shape, quantized):
+        return f"{arch} {shape.name} {shape.layers} x {shape.width}, {num_rows} rows{', int8' * quantized}"
+
+    monkeypatch.setattr(aot, "model_table", table)
+    monkeypatch.setattr(aot, "interpreting", lambda: False)
+    assert aot.main(["--model", "--arch", "sm_90", "--out", str(tmp_path / "model.md")]) == 0
+    layers, width = grown.SIZES["draft"]
+    draft = f"sm_90 grown-draft {layers} x {width}, 16 rows"
+    large = [f"sm_90 gpt2-large 36 x 1280, {rows} rows" for rows in (1, 16, 64)]
+    wanted = [*large, draft, f"{draft}, int8"]
+    assert capsys.readouterr().out.split("\n\n") == [*wanted[:-1], wanted[-1] + "\n"]
+    written = (tmp_path / "model.md").read_text()
+    assert all(line in written for line in wanted) and "not measured" in written

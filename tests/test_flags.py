@@ -60,7 +60,7 @@ def test_a_suite_has_some_time(flag, monkeypatch, capsys):
         ("demo", ["--tokens", "1010"], "exceed the context, 1024"),
         ("timeline", ["--tokens", "1010"], "exceed the context, 1024"),
         ("agreement", ["--oracle", "no/such/folder"], "no/such/folder"),
-        ("agreement", ["--out", "/proc/nothing"], "/proc/nothing"),
+        *((name, ["--out", "/proc/nothing"], "/proc/nothing") for name in ("agreement", "demo", "timeline")),
         ("grown", ["--out", "/proc/nothing"], "/proc/nothing"),
     ],
 )

@@ -159,6 +159,13 @@ def test_a_short_budget_trains_nothing_and_has_time_for_every_kind_of_figure(tmp
     assert "--no-flex" in kernels
 
 
+def test_no_step_is_given_a_budget_that_it_refuses(tmp_path):
+    for minutes in ("0.01", "10"):
+        arguments = [step.arguments for step in plan(flags(tmp_path, "--budget-minutes", minutes))]
+        given = [float(one[one.index("--budget-seconds") + 1]) for one in arguments if "--budget-seconds" in one]
+        assert given and min(given) >= 1
+
+
 def test_a_short_budget_that_is_for_models(tmp_path):
     """They and the paper's tables on them come first, and leave something for the timeline and the rest."""
     steps = plan(flags(tmp_path, "--budget-minutes", "10", "--models-first"))
