@@ -57,7 +57,7 @@ def test_the_command_itself_ends_with_one_line_too():
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     """Neither where it is printed nor where rich shows colours, which has a way of its own to end."""
-    for flags in ((), ("--color",)):
+    for flags in ((), ("--color",), ("--json",)):
         command = [sys.executable, "-m", "decoding", "generate", "import os", "--max-new-tokens", "2", *flags]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             process.stdout.close()
