@@ -32,10 +32,16 @@ def main(arguments: list[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"staged {flags.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"staged {flags.command}: {' '.join(_with_flags(str(error)).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _with_flags(message: str) -> str:
+    """``message`` with the field that it begins with, "top_p must be ...", named as the flag that set it."""
+    field, *rest = message.split(" ", 1)
+    return " ".join([f"--{field.replace('_', '-')}", *rest]) if field in (*SAMPLING, "max_new_tokens") else message
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,8 +129,9 @@ def load_decoder(flags: argparse.Namespace) -> StagedDecoder:
 def _refuse_unused(flags: argparse.Namespace) -> None:
     """Say what has no effect instead of ignoring it: sampling flags of greedy decoding, colours of JSON."""
     rule = SamplingConfig(**{name: getattr(flags, name) for name in SAMPLING if name != "seed"})
-    if rule.unused:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in rule.unused)
+    unused = [*rule.unused, *(["seed"] if rule.is_greedy and flags.seed is not None else [])]
+    if unused:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         raise ValueError(f"{names}: no effect without --do-sample and a temperature above 0")
     if getattr(flags, "json", False) and flags.color:
         raise ValueError("--color: no effect on --json")

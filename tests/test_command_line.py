@@ -50,15 +50,32 @@ def test_command_line_errors_are_one_line_and_exit_two(arguments, capsys):
     assert exit.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--do-sample", "--top-p", "7"], "--top-p must be a number in (0, 1], got 7.0"),
+        (["--seed", "3"], "--seed: no effect without --do-sample and a temperature above 0"),
+    ],
+    ids=["length", "filter", "seed"],
+)
+def test_errors_name_the_flag(arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "x", *arguments])
+    assert capsys.readouterr().err == f"staged generate: {said}\n"
+
+
 def test_the_command_itself_ends_with_one_line_too():
     run = staged("generate", "x", "--top-p", "7")
     assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and "Traceback" not in run.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    """Neither where it is printed nor where rich shows colours, which has a way of its own to end."""
-    for flags in ((), ("--color",), ("--json",)):
-        command = [sys.executable, "-m", "decoding", "generate", "import os", "--max-new-tokens", "2", *flags]
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    """Neither where it is printed, at once or when all is done, nor where rich shows colours, which has a way of its
+    own to end."""
+    search = ["--out", str(tmp_path / "plan.json"), "--minutes", "0", "--turns", "1"]
+    for name, flags in (("generate", ()), ("generate", ("--color",)), ("generate", ("--json",)), ("plan", search)):
+        command = [sys.executable, "-m", "decoding", name, "import os", "--max-new-tokens", "2", *flags]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             process.stdout.close()
             error = process.stderr.read()
