@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -50,14 +50,14 @@ class Lease(NamedTuple):
 Prefill = Callable[[GPT2, list[int], PagedKVCache], None]  # commits tokens to a cache
 
 
-class Stage(Protocol):
-    """One model of the chain."""
+class Stage:
+    """One model of the chain: what it does, its counters, and how many bytes its passes move."""
 
     name: str
     vocab_size: int
     context: int  # positions it can be fed
     device: torch.device  # where its passes run
-    passes: int  # passes of this generation, prefill not counted
+    passes: int  # of this generation, prefill not counted
     seconds: float  # time the host spent in them, prefill included
     bytes_moved: int  # weights, K/V and table rows of these passes, by arithmetic
     memory: tuple  # what passes read and write beside the shared state; all of it outlives a generation
@@ -65,8 +65,11 @@ class Stage(Protocol):
     remembers: int  # children of a node that it takes note of when a stage above draws
     is_table: bool  # as the lowest stage it is asked for all rounds at once, by ``extend``
 
+    _pass_bytes = _kv_bytes = _row_bytes = 0  # of each pass, of each pass and token of the text, of each row
+
     def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> Lease | None:
         """Forget the last generation and read the prompt; None from a stage without a cache."""
+        raise NotImplementedError
 
     def begin_iteration(self, num_head: int) -> None:
         """The next pass must catch up with ``num_head`` more committed tokens at most, later ones with none."""
@@ -75,27 +78,29 @@ class Stage(Protocol):
         self, state: State, index: int, nodes: torch.Tensor, sampling: Sampling, num_children: int, tau: float
     ) -> Scored:
         """One pass as stage ``index`` of the chain; nodes that found no room are left out of the result."""
+        raise NotImplementedError
 
     def extend(self, state: State, config: SpeculationConfig, sampling: Sampling) -> None:
         """All rounds of a table that is the lowest stage: look up the best nodes and insert what it says."""
+        raise NotImplementedError
 
     def learn(self, state: State, verdict: Scored, level: int) -> None:
         """Take note of what the stage above stage ``level`` has just drawn."""
 
-    def take_work(self) -> Work:
-        """What was asked of this stage since the last call; it is not counted yet."""
-
-    def account(self, work: Work, length: int) -> None:
-        """Count the work of one iteration, which was done below a text of ``length`` tokens."""
-
     def end(self) -> None:
         """Give everything back that the generation holds; the counters stay."""
 
+    def take_work(self) -> Work:
+        """What was asked of this stage since the last call; it is not counted yet."""
+        work, self._work = self._work, Work()
+        return work
 
-class _Counters:
-    """The counters of a stage, and how many bytes its passes move."""
-
-    _pass_bytes = _kv_bytes = _row_bytes = 0  # of each pass, of each pass and token of the text, of each row
+    def account(self, work: Work, length: int) -> None:
+        """Count the work of one iteration, which was done below a text of ``length`` tokens."""
+        self.passes += work.passes
+        self.seconds += work.seconds
+        per_pass = self._pass_bytes + length * self._kv_bytes
+        self.bytes_moved += work.passes * per_pass + work.rows * self._row_bytes
 
     def _reset_counters(self) -> None:
         self.passes, self.seconds, self.bytes_moved = 0, 0.0, 0
@@ -107,18 +112,8 @@ class _Counters:
         seconds = work.seconds + time.perf_counter() - start
         self._work = Work(work.passes + passes, work.rows + rows, seconds)
 
-    def take_work(self) -> Work:
-        work, self._work = self._work, Work()
-        return work
 
-    def account(self, work: Work, length: int) -> None:
-        self.passes += work.passes
-        self.seconds += work.seconds
-        per_pass = self._pass_bytes + length * self._kv_bytes
-        self.bytes_moved += work.passes * per_pass + work.rows * self._row_bytes
-
-
-class KatzStage(_Counters):
+class KatzStage(Stage):
     """draft²: a look-up per node, in what a stage above drew after the same two tokens, or else in what follows them in
     the prompt, or else in a baked table.
 
@@ -151,9 +146,6 @@ class KatzStage(_Counters):
         self._reset_counters()
         self.recent.keys.fill_(-1)
 
-    def begin_iteration(self, num_head: int) -> None:
-        pass
-
     def score(self, state, index, nodes, sampling, num_children, tau):
         start = time.perf_counter()
         children, scores, levels = self.ops.lookup_nodes(
@@ -176,11 +168,8 @@ class KatzStage(_Counters):
                 self.ops.learn(self.recent, tree, nodes, progress, *drawn, level)
             self._add_work(0, 0, start)
 
-    def end(self) -> None:
-        pass
 
-
-class GPT2Stage(_Counters):
+class GPT2Stage(Stage):
     """A GPT-2 with its own cache; draft or oracle, the code is the same.
 
     The cache is a prefix of the committed text. Committed tokens it has not seen go at the head of the next pass. A
@@ -261,9 +250,6 @@ class GPT2Stage(_Counters):
             self.model.forward(Query(*part, node_slots), self.cache, *where) for part in _parts(*_on(device, *columns))
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts), len(parts)
-
-    def learn(self, state, verdict, level):
-        pass
 
     def end(self) -> None:
         self.cache.reset()

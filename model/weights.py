@@ -154,7 +154,7 @@ def from_state_dict(
     if len(state) != given - masks:
         raise ValueError("some weights are there twice, with and without the prefix 'transformer.'")
     head = state.pop("lm_head.weight", None)
-    shapes = _expected_shapes(config)
+    shapes = expected_shapes(config)
     if missing := sorted(shapes.keys() - state.keys()):
         raise ValueError(f"{len(missing)} weights are missing, first {missing[0]!r}")
     if unexpected := sorted(state.keys() - shapes.keys()):
@@ -213,7 +213,8 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype
         raise ValueError(f"{name} holds NaN or infinite values, or values too large for {dtype}")
 
 
-def _expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors, the head excepted; its matrices are [in, out]."""
     width, inner = config.n_embd, config.n_inner
     shapes = {
         "wte.weight": (config.vocab_size, width),

@@ -29,7 +29,7 @@ from kernels.gpu.forward import HEAD_DIMS
 from kernels.gpu.launch import interpreting, record
 from kernels.gpu.linear import linear
 from profiling.aot_snapshot import differences, label, load_snapshot, write_snapshot
-from profiling.cost import model_table, occupancy
+from profiling.cost import MACHINES, model_table, occupancy
 from profiling.flags import count
 from profiling.iteration import iteration
 from profiling.machine import describe
@@ -40,7 +40,6 @@ ALL_SHAPES = {**SHAPES, **BUNDLED}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ROWS = (1, 2, 16, 17, 64, 128)  # of decoding passes: around the row tiles, and the ends
 REGISTERS = {"sm": 255, "gfx": 512}  # that one thread can name
-SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of one program
 PRODUCTS = {"_linear_kernel", "_tree_attention_kernel", "_prefill_attention_kernel"}
 
 
@@ -188,8 +187,8 @@ def gate_failures(row: Row) -> list[str]:
         found.append(f"{report.spills} spills, stack of {report.stack} bytes a thread")
     if report.registers > limit:
         found.append(f"{report.registers} registers, at most {limit}")
-    if report.shared > SHARED[job.arch] * 1024:
-        found.append(f"{report.shared} bytes of shared memory, at most {SHARED[job.arch] * 1024}")
+    if report.shared > (most := MACHINES[job.arch].program_shared):
+        found.append(f"{report.shared} bytes of shared memory, at most {most}")
     if row.programs < 1:
         found.append("no program fits a multiprocessor")
     family = expected_family(job)
@@ -292,6 +291,8 @@ def main(argv: list[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it", file=sys.stderr)
         return 2
     args = parse(argv)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.model:
         tables = model_tables(args.arch or list(TARGETS))
         print("\n\n".join(tables))

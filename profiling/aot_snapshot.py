@@ -5,8 +5,6 @@ shared memory and the family of matrix instructions may not. Instruction counts 
 """
 
 import json
-import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from profiling.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "aot"
 REGISTER_TOLERANCE = 8
-COMPARED = ("registers", "spills", "shared", "matrix")
 
 
 def differences(rows: list[dict[str, Any]], snapshot: list[dict[str, Any]], complete: bool) -> list[str]:
@@ -68,12 +65,8 @@ def write_snapshot(rows: list[dict[str, Any]], problems: list[str]) -> None:
 
 
 def write_table() -> None:
-    """Rewrite ``aot.md`` from the snapshots of all Tritons."""
-    snapshots = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("triton-*.json")]
-    *others, newest = sorted(
-        snapshots, key=lambda found: [int(n) for n in re.findall(r"\d+", found["about"]["triton"])]
-    )
-    (RESULTS / "aot.md").write_text(markdown(newest, others), encoding="utf-8")
+    """Rewrite ``aot.md`` from the snapshot of the installed Triton."""
+    (RESULTS / "aot.md").write_text(markdown(load_snapshot()), encoding="utf-8")
 
 
 def _shown(row: dict[str, Any]) -> bool:
@@ -83,9 +76,9 @@ def _shown(row: dict[str, Any]) -> bool:
     return row["shape"] in ("large", "iteration") or (row["shape"] == "small" and row["op"].startswith("draw"))
 
 
-def markdown(newest: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """The binaries of GPT-2 Large in bfloat16, one line each, what fails, and how other Tritons' code differs."""
-    about, rows = newest["about"], newest["rows"]
+def markdown(snapshot: dict[str, Any]) -> str:
+    """The binaries of GPT-2 Large in bfloat16, one line each, and what fails."""
+    about, rows = snapshot["about"], snapshot["rows"]
     chosen = [row for row in rows if _shown(row)]
     body = "\n".join(
         f"| {row['arch']} | {row['op']}{', D = 128' * (row['head_dim'] == 128)} | {row['tiles']} | "
@@ -95,11 +88,6 @@ def markdown(newest: dict[str, Any], others: list[dict[str, Any]]) -> str:
         for row in chosen
     )
     notes = [f"- fails: {line}" for line in about["problems"]]
-    for other in others:
-        lines = differences(other["rows"], rows, complete=True)
-        kinds = Counter(kind for line in lines for kind in COMPARED if f" {kind} " in line)
-        counts = ", ".join(f"{kind} in {kinds[kind]}" for kind in COMPARED)
-        notes.append(f"- Triton {other['about']['triton']}: {len(other['rows'])} binaries, of which differ: {counts}")
     return f"""# Machine code of GPT-2 Large, bfloat16
 
 Compiled ahead of time with Triton {about["triton"]} from the launches of a pass, without a GPU: {len(rows)} binaries of

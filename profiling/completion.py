@@ -6,6 +6,8 @@ The colours are those of ``staged generate --color``; written as HTML, SVG, PNG 
 import io
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.text import Text
 
@@ -31,16 +33,10 @@ def write(text: Text, key: Text, stem: Path) -> list[Path]:
 
 def _png(text: Text, key: Text, file: Path, size: float = 9.0) -> Path:
     """The same by matplotlib. Tokens stand on a tint of their colour, so that a stage's white space is seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
-
     console = Console(width=WIDTH, file=io.StringIO(), highlight=False)
     lines = [line for part in (text, Text(""), key) for line in console.render_lines(part, pad=False)]
     character = 0.602 * size / 72  # inches that a character of DejaVu Sans Mono is wide
-    figure = plt.figure(figsize=(character * (WIDTH + 2), (len(lines) + 1) * 1.35 * size / 72))
+    figure = Figure(figsize=(character * (WIDTH + 2), (len(lines) + 1) * 1.35 * size / 72))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-1, WIDTH + 1), ylim=(len(lines) + 0.5, -0.5))
     axes.set_axis_off()
     for y, segments in enumerate(lines):
@@ -55,5 +51,4 @@ def _png(text: Text, key: Text, file: Path, size: float = 9.0) -> Path:
             axes.text(x, y + 0.5, shown, color=INK.get(name, "#777777"), parse_math=False, **look)
             x += segment.cell_length
     figure.savefig(file, dpi=130)
-    plt.close(figure)
     return file

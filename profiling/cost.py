@@ -43,6 +43,11 @@ class Machine(NamedTuple):
     programs: int  # per multiprocessor
     warp_size: int
 
+    @property
+    def program_shared(self) -> int:
+        """Bytes of shared memory that one program may have."""
+        return self.shared - self.reserved
+
 
 # Multiprocessors, clocks, flop/s, shared memory and warps: datasheets and the CUDA programming guide. The latencies
 # are estimates of the right size (microbenchmarks report 200-300 cycles to L2 and 500-800 to DRAM).

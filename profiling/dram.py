@@ -3,7 +3,7 @@
 NVML's performance monitor (Hopper and later, ``pip install nvidia-ml-py``, no privileges) gives the share of the peak
 rate between two samples; times peak and seconds it is bytes, of everything the device did, prefill included. Profilers
 that count exactly replay every kernel and so measure other cache contents. **Not run on a GPU yet.** Elsewhere there is
-no counter that a user may read: ``unavailable`` says why.
+no counter that a user may read, and ``bytes_per_token`` says why.
 """
 
 import time

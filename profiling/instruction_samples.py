@@ -58,15 +58,17 @@ class InstructionSamples:
 @contextmanager
 def sampling(rate: int = 2000) -> Iterator[InstructionSamples | None]:
     """Samples of the calling thread, ``rate`` a second of its processor time; None where that is not permitted."""
-    descriptor = _open(rate)
-    if descriptor is None:
-        yield None
-        return
-    samples = InstructionSamples(descriptor)
+    descriptor, samples = _open(rate), None
+    if descriptor is not None:
+        try:
+            samples = InstructionSamples(descriptor)
+        except OSError:  # no room for the ring
+            os.close(descriptor)
     try:
         yield samples
     finally:
-        samples.close()
+        if samples is not None:
+            samples.close()
 
 
 def _open(rate: int) -> int | None:

@@ -90,8 +90,7 @@ def report(row: dict[str, Any]) -> None:
 def precompile(setting: Setting, described: dict[str, Any], shapes: list[Shape], jobs: int) -> None:
     """Fill Triton's cache with every binary of the run, ``jobs`` at a time; no binary depends on the number of rows."""
     from kernels.gpu.launch import architecture, early_launches
-    from profiling.machine_code import launches, source_of
-    from profiling.tune import compiled
+    from profiling.machine_code import launches, source_of, try_compile
 
     start, arch = time.monotonic(), architecture(setting.device)
     sources = {}
@@ -100,7 +99,7 @@ def precompile(setting: Setting, described: dict[str, Any], shapes: list[Shape],
             found = [source_of(each, arch) for _, each in launches(shape, CHECK_ROWS, setting.dtype, arch)]
         sources |= {source.key: source for source in found}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        reports = list(pool.map(partial(compiled, arch), sources.values()))
+        reports = list(pool.map(partial(try_compile, arch=arch, fresh=False), sources.values()))
     refused = [report for report in reports if isinstance(report, str)]
     print(
         f"{len(sources)} binaries in {time.monotonic() - start:.0f} s, {len(refused)} refused {refused[:1]}", flush=True
@@ -195,37 +194,39 @@ def _time(setting: Setting, described: dict[str, Any], operation: Operation, tim
 def time_passes(setting: Setting, described: dict[str, Any], shape: Shape, all_rows: list[int]) -> None:
     """Whole passes of ``shape`` with every number of rows, on the same weights, with and without early launches."""
     largest = max(all_rows)
-    whole = passes.random_pass(shape, largest, setting.dtype, setting.device, setting.text_length)
-    if not passes.same_root(whole, setting.ops):
+    model = passes.random_model(shape, setting.dtype, setting.device, setting.ops)
+    whole = passes.pass_of(model, shape.name, largest, setting.text_length)
+    if not passes.same_root(whole):
         raise ValueError(f"the root's logits differ between passes of 1 and {largest} rows: no speed is given")
     for num_rows in sorted(all_rows):
         described = {"kind": "pass", "shape": shape.name, "operation": "pass", "rows": num_rows}
-        guarded(setting, _time_pass, {**described, "implementation": OURS}, whole, num_rows)
+        few = passes.first_rows(whole, num_rows)
+        guarded(setting, _time_pass, {**described, "implementation": OURS}, few)
         if setting.ops is not reference:
-            guarded(setting, _time_waiting_pass, {**described, "implementation": WAITING}, whole, num_rows)
+            guarded(setting, _time_waiting_pass, {**described, "implementation": WAITING}, few)
 
 
-def _time_waiting_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass, num_rows: int) -> None:
+def _time_waiting_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass) -> None:
     from kernels.gpu.launch import architecture, can_start_early, early_launches
 
     if not can_start_early(architecture(setting.device)):
         return
-    forward = passes.forward(passes.first_rows(whole, num_rows), setting.ops)
+    forward = passes.forward(whole)
     plain = forward()
     with early_launches(False):
         if not torch.equal(forward(), plain):
             raise ValueError("other bits than with early launches: no speed is given")
-        _time_pass(setting, described, whole, num_rows)
+        _time_pass(setting, described, whole)
 
 
-def _time_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass, num_rows: int) -> None:
-    forward = passes.forward(passes.first_rows(whole, num_rows), setting.ops)
-    timing = measure([forward], setting.device, setting.samples, launches=1)
-    weights, shape = passes.weight_bytes(whole), whole.shape
-    operations, _ = make_calls(shape, num_rows, setting.dtype, "meta", setting.text_length)
-    columns = timed(
-        timing, weights, sum(op.flops * op.repeats for op in operations.values()), setting.rows.ceilings["copy"]
+def _time_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass) -> None:
+    timing = measure([passes.forward(whole)], setting.device, setting.samples, launches=1)
+    shape, num_rows = whole.shape, len(whole.query.tokens)
+    operations = {operation.name: operation for operation in passes.least(whole)}
+    weights, flops = (
+        sum(getattr(op, of) * op.repeats for op in operations.values()) for of in ("weight_bytes", "flops")
     )
+    columns = timed(timing, weights, flops, setting.rows.ceilings["copy"])
     parts = {
         row["operation"]: row["microseconds"] * operations[row["operation"]].repeats
         for row in setting.rows.rows
@@ -239,7 +240,7 @@ def _time_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass, 
     if num_rows > 1 and one and "microseconds" in one[0]:
         columns |= {"ratio_to_one_row": columns["microseconds"] / one[0]["microseconds"]}
     cold = is_cold(weights, 1, setting.device)
-    launches = None if setting.ops is reference else passes.num_launches(shape, setting.dtype, setting.text_length)
+    launches = None if setting.ops is reference else passes.num_launches(whole)
     report(setting.rows.add(**described, **columns, cold=cold, launches=launches))
 
 
@@ -263,7 +264,8 @@ def benchmark(setting: Setting, shapes: list[Shape], all_rows: list[int], flex: 
     ceiling = {"kind": "ceilings", "shape": "", "operation": "", "rows": 0}
     guarded(setting, measure_ceilings, {**ceiling, "implementation": "before"})
     if not setting.rows.ceilings:
-        raise SystemExit("the copy rate could not be measured, so nothing can be compared with it")
+        print("the copy rate could not be measured, so nothing can be compared with it", file=sys.stderr)
+        raise SystemExit(2)
     for shape in shapes:
         right: set[str] = set()
         described = {"kind": "check", "shape": shape.name, "operation": "all", "rows": CHECK_ROWS}

@@ -102,24 +102,14 @@ def measure(generate: Callable[[Clock], list[int]], device: torch.device) -> Mea
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what was launched beyond the end is part of the cost
     seconds = time.perf_counter() - clock.start
-    bursts, room = [], len(token_ids)
-    for burst in clock.bursts:  # a peer streams what a stop string then cuts off
-        if room > 0:
-            bursts.append(burst._replace(tokens=min(burst.tokens, room)))
-        room -= burst.tokens
-    return Measurement(token_ids, seconds, bursts)
+    return Measurement(token_ids, seconds, clock.bursts)
 
 
 def timed(
-    system: Any,
-    prompt_ids: list[int],
-    max_new_tokens: int,
-    sampling: dict[str, Any],
-    device: torch.device,
-    stop: peers.Stop = peers.NEVER,
+    system: Any, prompt_ids: list[int], max_new_tokens: int, sampling: dict[str, Any], device: torch.device
 ) -> Measurement:
-    """Time ``system``, a ``peers.Peer`` or ``peers.Own``, on one prompt; without ``stop`` eos is ignored."""
-    return measure(lambda clock: system.generate(prompt_ids, max_new_tokens, sampling, stop, clock), device)
+    """Time ``system``, a ``peers.Peer`` or ``peers.Own``, on one prompt; eos is ignored."""
+    return measure(lambda clock: system.generate(prompt_ids, max_new_tokens, sampling, peers.NEVER, clock), device)
 
 
 class Runs(NamedTuple):
@@ -273,8 +263,19 @@ def load_systems(flags: argparse.Namespace, skipped: dict[str, str]) -> tuple[St
     return decoder, systems, lambda: HFGenerate(str(oracle_dir), dtype, device)
 
 
-def benchmark(flags: argparse.Namespace) -> dict:
-    """All rows and what they were measured with; written after every pair of lengths where a file was named."""
+class Setup(NamedTuple):
+    """What a run needs, loaded and checked."""
+
+    sampling: dict[str, Any]
+    systems: list
+    load_hf: Callable[[], HFGenerate]
+    make_prompts: Callable[[int], list[list[int]]]
+    device: torch.device
+    about: dict[str, Any]
+
+
+def prepare(flags: argparse.Namespace) -> Setup:
+    """Raises ValueError or OSError for what the user can mend."""
     sampling, skipped = sampling_of(flags), {}
     decoder, systems, load_hf = load_systems(flags, skipped)
     make_prompts, described = prompts_of(flags, decoder)
@@ -287,13 +288,18 @@ def benchmark(flags: argparse.Namespace) -> dict:
         "warm_up": flags.num_iters_warmup,
         "skipped_peers": skipped,
     }
-    document: dict[str, Any] = {"about": about, "rows": []}
+    return Setup(sampling, systems, load_hf, make_prompts, decoder.oracle.model.device, about)
+
+
+def benchmark(flags: argparse.Namespace, setup: Setup) -> dict:
+    """All rows and what they were measured with; written after every pair of lengths where a file was named."""
+    document: dict[str, Any] = {"about": setup.about, "rows": []}
     for input_len in flags.input_len:
-        prompt_ids = make_prompts(input_len)
+        prompt_ids = setup.make_prompts(input_len)
         for output_len in flags.output_len:
             counts = (flags.num_iters, flags.num_iters_warmup)
-            found = run(systems, prompt_ids, output_len, sampling, *counts, decoder.oracle.model.device)
-            rows = rows_of(found, systems, prompt_ids, flags.do_sample, load_hf)
+            found = run(setup.systems, prompt_ids, output_len, setup.sampling, *counts, setup.device)
+            rows = rows_of(found, setup.systems, prompt_ids, flags.do_sample, setup.load_hf)
             document["rows"] += [{"input_len": input_len, "output_len": output_len} | row for row in rows]
             if flags.output_json:
                 write(document, flags.output_json)
@@ -305,7 +311,6 @@ def write(document: dict, path: Path) -> None:
     first = document["rows"][0]
     cell = [row for row in document["rows"] if all(row[k] == first[k] for k in ("input_len", "output_len"))]
     fullest = max((row for row in cell if row["method"] in METHODS), key=lambda row: METHODS.index(row["method"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     head = {key: fullest[key] for key in VLLM_KEYS} | {"method": fullest["method"]}
     path.write_text(json.dumps(head | document, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(document))
@@ -313,8 +318,9 @@ def write(document: dict, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
-    with in_one_line("latency"):
-        document = benchmark(flags)
+    with in_one_line("latency", flags.output_json and flags.output_json.parent):
+        setup = prepare(flags)
+    document = benchmark(flags, setup)
     print(markdown(document))
     if any(row["method"] in METHODS and row["differences"] for row in document["rows"]):
         raise SystemExit("methods differ: this is a bug")

@@ -31,8 +31,9 @@ def describe(device: torch.device) -> dict[str, str | int]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores" if info.exists() else platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]  # none on ARM
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _commit() -> str:

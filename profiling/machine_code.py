@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,10 +157,12 @@ def compile_source(source: Source, arch: str) -> Report:
     )
 
 
-def try_compile(source: Source, arch: str) -> Report | str:
-    """``compile_source`` in a throw-away cache, so that the seconds are the compiler's; a str says why it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        triton.knobs.cache.dir = folder
+def try_compile(source: Source, arch: str, fresh: bool = True) -> Report | str:
+    """``compile_source``; a str says why it failed. ``fresh``: in a throw-away cache, so that the seconds are the
+    compiler's."""
+    with tempfile.TemporaryDirectory() if fresh else nullcontext() as folder:
+        if fresh:
+            triton.knobs.cache.dir = folder
         try:
             return compile_source(source, arch)
         except Exception as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from profiling import machine, prompts
 from profiling.demo import SETTINGS
-from profiling.flags import at_least, count
+from profiling.flags import at_least, count, in_one_line
 from profiling.paper_output import write
 from profiling.paper_runs import FIXED, STOP_STRINGS, STOPPED, Method, OwnGap, TokensDiffer, run_case
 from profiling.paper_session import Config, Session, cases, load, suites
@@ -31,16 +31,18 @@ from profiling.shards import Journal, Shard, merged
 def run(config: Config) -> Path:
     """Measure what is missing and write the report: its path (of every process; the first one writes it).
 
-    Raises ValueError for what the user can mend, TokensDiffer where a method's tokens are not the baseline's.
+    What the user can mend ends the process with one line. Raises TokensDiffer where a method's tokens are not the
+    baseline's.
     """
     shard = Shard.from_environment()
     shard.start()
     try:
-        session = load(config, shard)
-        key = {name: value for name, value in vars(config).items() if name not in ("out", "resume")}
-        about = machine.describe(session.decoder.oracle.model.device)
-        key |= {name: about[name] for name in ("commit", "device", "torch")}
-        journal = Journal(config.out / "journal", shard, key, config.resume)
+        with in_one_line("paper", config.out):
+            session = load(config, shard)
+            key = {name: value for name, value in vars(config).items() if name not in ("out", "resume")}
+            about = machine.describe(session.decoder.oracle.model.device)
+            key |= {name: about[name] for name in ("commit", "device", "torch")}
+            journal = Journal(config.out / "journal", shard, key, config.resume)
         for suite, methods in suites(session).items():
             measure(session, suite, methods, journal, shard)
         gathered = shard.gather((journal.cases, about["device"]))
@@ -122,9 +124,6 @@ def main() -> int:
     except TokensDiffer as error:
         print(f"tokens differ, nothing is reported: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
-        print(f"profiling.paper: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"what was measured is kept: the same command with --resume goes on in {config.out}", file=sys.stderr)
         return 130

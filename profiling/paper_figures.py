@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from profiling.paper_runs import BASELINE, FIXED
 from profiling.paper_tables import GREEDY, TOP_K, prompt_ratios
@@ -16,8 +17,8 @@ COLOURS = {"oracle": "C3", "draft": "C0", "speculative": "C0", "tree": "C1", "st
 
 def roofline(ceilings: dict[str, Any], points: list[dict[str, Any]], title: str, stem: Path) -> list[Path]:
     """Figure 1: operations per second of passes over operations per byte, below the ceilings measured here."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8, 5.5))
+    figure = Figure(figsize=(8, 5.5))
+    axes = figure.subplots()
     intensity = [point["flops"] / point["bytes"] for point in points]
     ridge = ceilings["matrix"] / ceilings["copy"]
     left, right = min(intensity) / 2, 4 * max(*intensity, ridge)
@@ -42,9 +43,9 @@ def roofline(ceilings: dict[str, Any], points: list[dict[str, Any]], title: str,
 
 def sorted_problems(rows: list[dict[str, Any]], title: str, stem: Path) -> list[Path]:
     """Figure 2: every problem's tokens per second relative to the baseline's, sorted; A greedy, B top-k."""
-    plt = _pyplot()
     settings = [s for s in (GREEDY, TOP_K) if any(row["setting"] == s for row in rows)]
-    figure, all_axes = plt.subplots(1, len(settings), figsize=(5 * len(settings), 4), sharey=True, squeeze=False)
+    figure = Figure(figsize=(5 * len(settings), 4))
+    all_axes = figure.subplots(1, len(settings), sharey=True, squeeze=False)
     for letter, axes, setting in zip("AB", all_axes[0], settings, strict=False):
         own = [row for row in rows if (row["suite"], row["setting"], row["extent"]) == ("paper", setting, FIXED)]
         baseline = [row for row in own if row["method"] == BASELINE]
@@ -64,19 +65,9 @@ def sorted_problems(rows: list[dict[str, Any]], title: str, stem: Path) -> list[
     return _saved(figure, stem)
 
 
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def _saved(figure, stem: Path) -> list[Path]:
     figure.tight_layout()
     files = [stem.with_suffix(ending) for ending in (".png", ".svg")]
     for file in files:
         figure.savefig(file, dpi=130, metadata={"Date": None} if file.suffix == ".svg" else None)
-    _pyplot().close(figure)
     return files

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.display import coloured, legend, stage_styles
-from profiling import completion, dram, operating_points, paper_figures
+from profiling import completion, dram, paper_figures, passes
 from profiling.demo import SETTINGS
 from profiling.paper_report import report
 from profiling.paper_runs import BASELINE
@@ -13,23 +13,22 @@ from profiling.paper_session import Session, sources, suites
 from profiling.paper_tables import TOP_K, bars, summarise
 from profiling.peers import NEVER
 from profiling.rows import write_csv
+from profiling.timing import ceilings
 
 
 def write(session: Session, about: dict[str, Any], rows: list[dict]) -> None:
     """The roofline's points and the completion are measured; then every file of the report is written."""
     config, decoder, out = session.config, session.decoder, session.config.out
     model = decoder.oracle.model
-    ceilings = operating_points.measured_ceilings(model.device, model.dtype, max(2, config.samples // 2))
+    rates = ceilings(model.device, model.dtype, max(2, config.samples // 2))._asdict()
     points = []
-    measured_with = {"all_rows": config.figure_rows, "samples": config.samples}
     for stage in (decoder.oracle, *(stage for stage in reversed(decoder.lower) if hasattr(stage, "model"))):
-        shape = operating_points.shape_of(stage.name, stage.model.config)
-        points += operating_points.points(shape, model.ops, model.dtype, model.device, **measured_with)
+        points += passes.points(stage.model, stage.name, config.figure_rows, config.samples)
     document = {
         "about": about,
         "run": described(session),
         "skipped_peers": session.skipped,
-        "ceilings": ceilings,
+        "ceilings": rates,
         "points": points,
         "dram": dram_traffic(session),
         "summary": summarise(rows),
@@ -37,7 +36,7 @@ def write(session: Session, about: dict[str, Any], rows: list[dict]) -> None:
     found = bars(document["summary"], model.device.type)
     document["bars"] = [bar._asdict() for bar in found]
     title = f"{about['device']}, {decoder.runtime}, commit {about['commit']}"
-    paper_figures.roofline(ceilings, points, title, out / "figure1")
+    paper_figures.roofline(rates, points, title, out / "figure1")
     paper_figures.sorted_problems(rows, title, out / "figure2")
     colour_completion(session, out / "figure3")
     text = json.dumps(document, indent=1, default=str)[:-2]  # rows one a line below it, so that they can be compared

@@ -10,7 +10,7 @@ from decoding import StagedDecoder
 from decoding.compare import available_methods
 from decoding.decoder import BUNDLED
 from model import weights
-from profiling import ablations, operating_points, peers, prompts
+from profiling import ablations, passes, peers, prompts
 from profiling.demo import SETTINGS
 from profiling.paper_runs import FIXED, STOPPED, Case, Method, Ours, Theirs
 from profiling.shards import Shard
@@ -36,7 +36,7 @@ class Config:
     peers: tuple[str, ...] | None = None  # None: those that make sense on this device
     ablation_prompts: int = 8
     ablation_tokens: int = 64
-    figure_rows: tuple[int, ...] = operating_points.ROWS
+    figure_rows: tuple[int, ...] = passes.ROWS
     samples: int = 20
     resume: bool = False
     rehearsal: bool = False  # in miniature: its figures are no results

@@ -21,16 +21,14 @@ def points(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def draw(document: dict[str, Any], stem: Path) -> list[Path]:
     """Write ``stem.png`` and ``stem.svg``. Raises ValueError for a run without points or without ceilings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     rows, about, ceilings = points(document), document["about"], document["ceilings"]
     if not rows or not ceilings:
         raise ValueError(f"nothing to draw: {len(rows)} timed operations, ceilings {ceilings}")
-    figure, axes = plt.subplots(figsize=(9, 6))
+    figure = Figure(figsize=(9, 6))
+    axes = figure.subplots()
     intensity = [row["flops"] / row["bytes"] for row in rows]
     left, right = min(intensity) / 2, max(*intensity, ceilings["matrix"] / ceilings["copy"]) * 4
     for name, rate, style in (("copy", ceilings["copy"], "-"), ("read", ceilings["read"], ":")):
@@ -60,5 +58,4 @@ def draw(document: dict[str, Any], stem: Path) -> list[Path]:
     files = [stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg")]
     for file in files:
         figure.savefig(file, dpi=150)
-    plt.close(figure)
     return files

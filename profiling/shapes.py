@@ -86,7 +86,7 @@ def operations(
     for more positions than the shape has.
     """
     c, vocab, size = shape.width, shape.vocab, dtype.itemsize
-    rows = _prefill_rows(shape, num_rows) if num_rows > MAX_ROWS else _tree_rows(shape, num_rows, text_length)
+    rows = _prefill_rows(shape, num_rows) if num_rows > MAX_ROWS else tree_rows(shape, num_rows, text_length)
     where = {name: torch.tensor(values, dtype=torch.int32, device=device) for name, values in rows.items()}
     page_table = torch.zeros(1, shape.positions, dtype=torch.int32, device=device)
     length = max(rows["committed"])
@@ -178,7 +178,7 @@ def random_tree(num_nodes: int) -> list[list[int]]:
     return paths
 
 
-def _tree_rows(shape: Shape, num_rows: int, text_length: int) -> dict[str, list]:
+def tree_rows(shape: Shape, num_rows: int, text_length: int) -> dict[str, list]:
     """A tree whose root is the last of ``text_length`` committed tokens; position p lies in slot p + 1."""
     paths = random_tree(num_rows)
     positions = [text_length + len(path) - 2 for path in paths]

@@ -1,12 +1,12 @@
 """Which tile configurations of a linear layer are worth compiling: those that fit, likely ones first."""
 
 from itertools import product, zip_longest
-from typing import NamedTuple
 
 import torch
 
 from kernels.gpu.config import LinearTiles
 from kernels.layout import MOMENT_PART, VOCAB_TILE
+from profiling.cost import MACHINES, Machine
 
 KIB = 1024
 ROWS, OUTPUTS, WARPS, STAGES = (16, 32, 64), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5, 6, 8)
@@ -15,25 +15,9 @@ MAX_SPLITS = 16
 MAX_WASTE = 1.1  # depth that is computed, relative to the depth there is
 
 
-class Chip(NamedTuple):
-    """What a configuration must fit."""
-
-    multiprocessors: int
-    shared: int  # bytes of shared memory that one program may have
-
-
-CHIPS = {
-    "sm_80": Chip(108, 163 * KIB),
-    "sm_89": Chip(128, 99 * KIB),
-    "sm_90": Chip(132, 227 * KIB),
-    "sm_100": Chip(148, 227 * KIB),
-    "gfx942": Chip(304, 64 * KIB),
-}
-
-
-def chip(arch: str) -> Chip:
-    """Limits of ``arch``; those of an unknown one are taken to be narrow."""
-    return CHIPS.get(arch, Chip(84, 99 * KIB))
+def machine(arch: str) -> Machine:
+    """What a configuration must fit; an unknown GPU is taken to be narrow."""
+    return MACHINES.get(arch, MACHINES["sm_89"])
 
 
 def shared_bytes(tiles: LinearTiles, dtype: torch.dtype) -> int:
@@ -84,10 +68,10 @@ def _splits(depth: int, step: int) -> list[int]:
 
 def fits(tiles: LinearTiles, arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> bool:
     """Whether a configuration can run and is not plainly bad: idle multiprocessors, or warps without a product."""
-    limits, steps = chip(arch), -(-depth // tiles.depth)
+    limits, steps = machine(arch), -(-depth // tiles.depth)
     programs = -(-num_outputs // tiles.outputs) * tiles.splits
     return (
-        shared_bytes(tiles, dtype) <= limits.shared
+        shared_bytes(tiles, dtype) <= limits.program_shared
         and steps * tiles.depth <= MAX_WASTE * depth
         and tiles.num_stages <= max(2, -(-steps // tiles.splits) + 1)
         and (not tiles.swapped or tiles.outputs >= LEFT_OPERAND * tiles.num_warps // 4)
@@ -99,9 +83,9 @@ def fits(tiles: LinearTiles, arch: str, num_outputs: int, depth: int, dtype: tor
 
 def _promise(tiles: LinearTiles, arch: str, num_outputs: int, depth: int, dtype: torch.dtype) -> float:
     """A guess at how well the memory is kept busy: bytes in flight, even waves, little else read or written."""
-    limits, size = chip(arch), dtype.itemsize
+    limits, size = machine(arch), dtype.itemsize
     programs = -(-num_outputs // tiles.outputs) * tiles.splits
-    resident = max(1, min(limits.shared // shared_bytes(tiles, dtype), 64 // tiles.num_warps // 2))
+    resident = max(1, min(limits.program_shared // shared_bytes(tiles, dtype), 64 // tiles.num_warps // 2))
     waves = programs / (resident * limits.multiprocessors)
     in_flight = min(resident, programs / limits.multiprocessors) * (tiles.num_stages - 1) * tiles.outputs * tiles.depth
     filled = min(1.0, in_flight * size / (48 * KIB))

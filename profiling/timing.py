@@ -132,7 +132,7 @@ def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16, samples:
 
 def memory_rates(device: torch.device, samples: int = 10) -> tuple[float, float]:
     """Bytes per second of a device copy (read plus written) and of reading alone, from buffers far above the cache."""
-    size = 16 << 20
+    size = 64 << 20
     if device.type == "cuda":
         size = min(4 * GIB, torch.cuda.mem_get_info(device)[0] // 8 >> 20 << 20)
     source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()

@@ -121,21 +121,11 @@ def compile_all(task: Task, tiles: list[LinearTiles], pool: Executor | None) -> 
 
     On a GPU this also fills Triton's cache on disk, so that timing finds its binaries there.
     """
-    from profiling.machine_code import source_of
+    from profiling.machine_code import source_of, try_compile
 
     sources = [source_of(launch_of(task, each, 64), task.arch) for each in tiles]
-    reports = (pool.map if pool else map)(partial(compiled, task.arch), sources)
+    reports = (pool.map if pool else map)(partial(try_compile, arch=task.arch, fresh=False), sources)
     return dict(zip(tiles, reports, strict=True))
-
-
-def compiled(arch: str, source: Any) -> Any:
-    """One binary, from its ``Source``: its ``Report``, or why there is none."""
-    from profiling.machine_code import compile_source
-
-    try:
-        return compile_source(source, arch)
-    except Exception as error:
-        return first_line(error)
 
 
 def model(limit: int, pool: Executor | None, rows: Rows, task: Task) -> None:

@@ -119,7 +119,9 @@ def test_a_pass_has_the_same_bits(shape):
     """Again and again, where launches overlap: weights of their own in each layer, so that none lies in the cache."""
     dtype = torch.float32 if INTERPRETING else torch.bfloat16
     with torch.no_grad():
-        forward = passes.forward(passes.random_pass(shape, 5, dtype, torch.device(DEVICE), 60), gpu)
+        forward = passes.forward(
+            passes.pass_of(passes.random_model(shape, dtype, torch.device(DEVICE), gpu), "model", 5, 60)
+        )
         with early_launches(False):
             plain = forward()
         with early_launches(True):

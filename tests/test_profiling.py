@@ -18,9 +18,10 @@ from kernels.gpu.config import LinearTiles, linear_tiles
 from profiling import roofline, timing
 from profiling.calls import check, make_calls, relative_error, run, take_rows
 from profiling.comparators import as_rows, comparators
+from profiling.cost import MACHINES
 from profiling.markdown import WAITING, kernel_tables
 from profiling.shapes import SHAPES, Shape
-from profiling.tiles import CHIPS, MAX_WASTE, candidates, shared_bytes
+from profiling.tiles import MAX_WASTE, candidates, shared_bytes
 from profiling.tune import WEIGHTS, Task, save, using
 from tests import interpreter
 
@@ -178,7 +179,7 @@ def test_comparators_compute_what_we_compute():
     assert compared == 6
 
 
-@pytest.mark.parametrize("arch", CHIPS)
+@pytest.mark.parametrize("arch", MACHINES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_candidates_fit(arch, dtype):
     """Every split has work, tiles fit the shared memory, the output head and the joint projection."""
@@ -192,7 +193,7 @@ def test_candidates_fit(arch, dtype):
                 steps = -(-depth // tiles.depth)
                 assert -(-steps // tiles.splits) * (tiles.splits - 1) < steps, "a split without work"
                 assert steps * tiles.depth <= MAX_WASTE * depth
-                assert shared_bytes(tiles, dtype) <= CHIPS[arch].shared
+                assert shared_bytes(tiles, dtype) <= MACHINES[arch].program_shared
                 assert name != "lm_head" or tiles.outputs == 64
                 assert name != "layer_norm_qkv" or shape.width % tiles.outputs == 0
                 assert not tiles.swapped or (arch, dtype) == ("sm_90", torch.bfloat16) and tiles.outputs >= 64
