@@ -227,29 +227,33 @@ class GPT2Stage(Stage):
         room = self._room(len(nodes), self._num_head)
         rows = ops.stage_rows(tree, nodes, progress, chain, self._cache_index, reach, self._num_head, room)
         self._num_head = 0
-        hidden, num_passes = self._forward(rows, chain, progress)
+        hidden, moments, num_passes = self._forward(rows, chain, progress)
         row_of, positions = _on(model.device, rows.row_of, rows.draw_positions)
-        hidden = hidden[row_of]
-        tile_maxima = ops.new_tile_maxima(hidden.shape[0], self.vocab_size, hidden.device)
-        logits = model.logits(hidden, tile_maxima)
+        tile_maxima = ops.new_tile_maxima(len(row_of), self.vocab_size, model.device)
+        logits = model.logits(hidden, tile_maxima, row_of, moments)
         width, log_probs = min(num_children, self.vocab_size), None
         if width and index > 0:  # there are stages below, and they learn from it
-            log_probs = logits.new_empty(hidden.shape[0], width, dtype=torch.float32)
+            log_probs = logits.new_empty(len(row_of), width, dtype=torch.float32)
         sampling = sampling.to(ops.state_device(model.device))
         drawn = ops.draw(logits, positions, sampling, num_children, tau, tile_maxima, child_log_probs=log_probs)
         self._add_work(num_passes, rows.tokens.shape[0], start)
         return Scored(rows.nodes, *_on(tree.tokens.device, *drawn, log_probs))
 
-    def _forward(self, rows, chain: Chain, progress: Progress) -> tuple[torch.Tensor, int]:
-        """Last hidden states of all rows, [R, C], and the number of passes; many rows go in several, parents first."""
+    def _forward(self, rows, chain: Chain, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """Last hidden states of all rows, [R, C], their moments, and the number of passes; many rows go in several,
+        parents first."""
         index, device = self._cache_index, self.model.device
         columns = (rows.tokens, rows.positions, torch.zeros_like(rows.tokens), rows.slot_mapping, rows.paths)
         shared = (chain.node_slots[index], chain.page_tables[index : index + 1], progress.length)
         node_slots, *where = _on(device, *shared)
+        moments = self.model.ops.new_moments(len(rows.tokens), self.model.config.n_embd, device)
+        passes = list(_parts(*_on(device, *columns)))
+        left = [None] * len(passes) if moments is None else moments.split(MAX_ROWS)
         parts = [
-            self.model.forward(Query(*part, node_slots), self.cache, *where) for part in _parts(*_on(device, *columns))
+            self.model.forward(Query(*part, node_slots), self.cache, *where, moments=of)
+            for part, of in zip(passes, left, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts), len(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts), moments, len(parts)
 
     def end(self) -> None:
         self.cache.reset()

@@ -64,6 +64,7 @@ class GPT2:
         cache: PagedKVCache,
         page_table: torch.Tensor | None = None,  # int32 [B, pages], None = the cache's own
         committed: torch.Tensor | None = None,  # int32 [B], None = the cache's own lengths
+        moments: torch.Tensor | None = None,  # of ``ops.new_moments``, left with those of the result
     ) -> torch.Tensor:
         """Write the rows' K/V into their slots and return the last hidden states [N, C], before the final norm.
 
@@ -84,7 +85,8 @@ class GPT2:
             query.slot_mapping,
         )
         num_rows = query.tokens.shape[0]
-        moments = ops.new_moments(num_rows, config.n_embd, self.device)  # of x, for layer norms
+        if moments is None:
+            moments = ops.new_moments(num_rows, config.n_embd, self.device)  # of x, for layer norms
         x = ops.embed(query.tokens, query.positions, weights.wte, weights.wpe, moments)
         x = ops.pad_rows(x, weights.layers[0].c_attn_weight)  # [N or a few more, C]
         for (c_attn, attn_proj, c_fc, mlp_proj, scale), (k, v) in zip(self._layers, cache.layers, strict=True):
@@ -95,11 +97,17 @@ class GPT2:
             x = ops.linear_residual(h, *mlp_proj, x, moments)
         return x[:num_rows]
 
-    def logits(self, hidden: torch.Tensor, tile_maxima: torch.Tensor | None = None) -> torch.Tensor:
-        """Next-token logits [N, V] of hidden states [N, C], in the model's dtype; ``tile_maxima`` as in ``lm_head``."""
+    def logits(
+        self,
+        hidden: torch.Tensor,  # [R, C]
+        tile_maxima: torch.Tensor | None = None,  # as in ``lm_head``
+        rows: torch.Tensor | None = None,  # int32 [N], None = all of ``hidden``
+        moments: torch.Tensor | None = None,  # of ``hidden``, as ``forward`` left them
+    ) -> torch.Tensor:
+        """Next-token logits [N, V] of hidden states, in the model's dtype."""
         weights = self.weights
-        eps = self.config.layer_norm_epsilon
-        return self.ops.lm_head(hidden, weights.ln_f_weight, weights.ln_f_bias, eps, weights.lm_head, tile_maxima)
+        norm = weights.ln_f_weight, weights.ln_f_bias, self.config.layer_norm_epsilon
+        return self.ops.lm_head(hidden, *norm, weights.lm_head, tile_maxima, rows, moments)
 
     def append(self, tokens: list[int], cache: PagedKVCache, sequence: int = 0) -> torch.Tensor:
         """Commit ``tokens`` to ``cache`` in one pass: hidden states [n, C]."""

@@ -14,7 +14,7 @@ from kernels import reference
 from profiling.shapes import Operation, Shape, operations
 
 ROW_ARGUMENTS = {"tokens", "positions", "sequences", "paths", "slot_mapping"}
-ROW_ARGUMENTS |= {"x", "q", "residual", "tile_maxima", "moments"}
+ROW_ARGUMENTS |= {"x", "q", "residual", "tile_maxima", "moments", "rows"}
 LAYER = ("layer_norm_qkv", "tree_attention", "attn_proj", "mlp_fc_gelu", "mlp_proj")
 # ‖result - reference‖ / ‖reference‖ against the twin in float64
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -75,13 +75,14 @@ def run(call: Call, ops: ModuleType) -> torch.Tensor:
 
 def take_rows(call: Call, rows: slice) -> Call:
     """The call on some of its rows only; copies, since kernels ask for aligned rows."""
+    names = ROW_ARGUMENTS - {"x", "moments"} if "rows" in call.arguments else ROW_ARGUMENTS  # it picks some of those
     return Call(
         call.function,
         {
             name: take_rows(value, rows)
             if isinstance(value, Call)
             else value[rows].clone()
-            if name in ROW_ARGUMENTS and value is not None
+            if name in names and value is not None
             else value
             for name, value in call.arguments.items()
         },

@@ -222,7 +222,6 @@ _TRAFFIC: dict[str, Callable[[Launch, int], Traffic]] = {
     "_prefill_attention_kernel": _prefill_attention,
     "_embed_kernel": _elementwise,
     "_route_kernel": _elementwise,
-    "_row_moments_kernel": _elementwise,
 }
 
 
@@ -241,11 +240,10 @@ def model_table(arch: str, num_rows: int, shape: Shape = SHAPES["large"], quanti
             continue
         report = try_compile(source_of(launch, arch), arch)
         cost = modelled_seconds(launch, report, arch)
-        name = "row moments" if launch.kernel.__name__ == "_row_moments_kernel" else operation.name
         seconds += operation.repeats * cost.seconds
         moved += operation.repeats * cost.traffic.dram_bytes
         lines.append(
-            f"{name:<18}{operation.repeats:>3}{cost.seconds * 1e6:>8.2f}{cost.serial * 1e6:>8.2f}"
+            f"{operation.name:<18}{operation.repeats:>3}{cost.seconds * 1e6:>8.2f}{cost.serial * 1e6:>8.2f}"
             f"{cost.traffic.dram_bytes / 1e6:>9.2f}{cost.traffic.l2_bytes / 1e6:>8.2f}{cost.resident:>5}"
             f"{cost.programs:>6}{cost.rounds:>8}"
             f"{_share(cost.traffic.dram_bytes, cost.seconds, machine):>9}  {cost.bound}"

@@ -67,8 +67,15 @@ def forward(whole: Pass) -> Callable[[], torch.Tensor]:
     """The pass, ready to be timed: returns the logits [N, V]."""
     model, query, cache, device = whole.model, whole.query, whole.cache, whole.model.device
     committed = torch.tensor([whole.text_length], dtype=torch.int32, device=device)  # a graph cannot send it
-    maxima = model.ops.new_tile_maxima(len(query.tokens), whole.shape.vocab, device)
-    return lambda: model.logits(model.forward(query, cache, committed=committed), maxima)
+    num_rows, picked = len(query.tokens), torch.arange(len(query.tokens), dtype=torch.int32, device=device)
+    maxima = model.ops.new_tile_maxima(num_rows, whole.shape.vocab, device)
+    moments = model.ops.new_moments(num_rows, whole.shape.width, device)
+
+    def run() -> torch.Tensor:
+        hidden = model.forward(query, cache, committed=committed, moments=moments)
+        return model.logits(hidden, maxima, picked, moments)
+
+    return run
 
 
 def same_root(whole: Pass) -> bool:

@@ -105,6 +105,7 @@ def operations(
     moments = torch.empty(num_rows, 2, c // MOMENT_PART, dtype=torch.float32, device=device)
     left = torch.empty_like(moments)
     write_moments(x, moments)  # as if the layer before had left them behind
+    picked = torch.arange(num_rows, dtype=torch.int32, device=device)
     tiles = -(-vocab // VOCAB_TILE)
     maxima = torch.empty(num_rows, tiles, dtype=torch.float32, device=device) if tile_maxima else None
 
@@ -162,7 +163,7 @@ def operations(
         ),
         linear(
             "lm_head",
-            lambda: ops.lm_head(x, *norm, head_w, **({"tile_maxima": maxima} if tile_maxima else {})),
+            lambda: ops.lm_head(x, *norm, head_w, maxima, picked, moments),
             *(vocab, c, 1, True, n * (c + vocab)),
         ),
     ]

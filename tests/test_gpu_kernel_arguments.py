@@ -98,6 +98,16 @@ def test_no_rows(op):
     refused(r"^\w+ (must|has 0 rows)", op, arguments)
 
 
+def test_picked_rows_are_checked():
+    """Their ids are int32, and the moments are those of all rows that may be picked."""
+    given = inputs("3 heads", torch.float32)
+    arguments = ARGUMENTS["lm_head"](gpu, given) | {"rows": torch.tensor([0, 2], device=DEVICE)}
+    refused(r"^rows must be of torch\.int32", "lm_head", arguments)
+    arguments |= {"rows": torch.tensor([0, 2], dtype=torch.int32, device=DEVICE), "tile_maxima": None}
+    refused(r"^moments must have shape", "lm_head", arguments | {"moments": given.moments[:2].contiguous()})
+    refused(r"^rows must not be empty", "lm_head", arguments | {"rows": arguments["rows"][:0]})
+
+
 def test_too_many_rows():
     """A tree of 129 rows is refused, a prefill of as many is not."""
     arguments = ARGUMENTS["route"](gpu, tree_pass(SMALL, torch.float32, [3], 129, page_size=1))

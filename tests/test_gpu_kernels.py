@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import gpu, reference
+from kernels.gpu.moments import row_moments
 from kernels.layout import VOCAB_TILE
 from tests.gpu_helpers import (
     ARGUMENTS,
@@ -206,6 +207,28 @@ def test_tile_maxima(of, dtype):
     assert torch.equal(maxima, padded.unflatten(1, (-1, VOCAB_TILE)).amax(-1))
     plain, _ = run(gpu, "lm_head", given, tile_maxima=None)
     assert same_bits(plain, logits)
+
+
+@DTYPES
+@pytest.mark.parametrize("of", ["1 head", "3 heads", pytest.param("large", marks=REAL_SHAPE)])
+def test_picked_rows(of, dtype):
+    """Rows that the head picks, in any order and again, have the bits that they have alone; of moments it takes theirs,
+    and of a row that is not picked it reads nothing."""
+    given = inputs(of, dtype)
+    rows = torch.randperm(len(given.x), dtype=torch.int32)[: max(1, len(given.x) // 2)]
+    rows = torch.cat([rows, rows[:1]])
+    x, taken = given.x.clone(), rows.unique().long()
+    others = [row for row in range(len(x)) if row not in taken]
+    x[others] = float("nan")
+    moments = row_moments(x)
+    asked = {"x": x, "rows": rows.to(DEVICE), "moments": moments}
+    maxima = gpu.new_tile_maxima(len(rows), len(given.wte), x.device)
+    logits, maxima = run(gpu, "lm_head", given, **asked, tile_maxima=maxima)
+    for place, row in enumerate(rows.tolist()):
+        alone, of_tiles = run(gpu, "lm_head", given.rows(torch.tensor([row])))
+        assert same_bits(logits[place : place + 1], alone) and same_bits(maxima[place : place + 1], of_tiles)
+    (wanted, _) = run(reference, "lm_head", in_float64(given), rows=rows, tile_maxima=None)
+    assert_near(logits, wanted, dtype)
 
 
 def test_who_wants_tile_maxima():

@@ -100,19 +100,22 @@ def lm_head(
     eps: float,
     weight: torch.Tensor | Quantized,
     tile_maxima: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,  # int32 [N], rows of x; None = all of them, in order
+    moments: torch.Tensor | None = None,  # float32 [R, 2, P], of x
 ) -> torch.Tensor:
-    """Final layer norm and projection to the vocabulary: x [N, C], weight [V, C] -> logits [N, V] in x's dtype.
+    """Final layer norm and projection to the vocabulary: x [R, C], weight [V, C] -> logits [N, V] in x's dtype.
 
-    Two launches: rows that were picked from a pass have no moments.
+    Without ``moments``, one launch more takes them.
 
     ``tile_maxima`` float32 [N, cdiv(V, VOCAB_TILE)], if given, receives the largest logit of each tile of the row.
     """
     vocab_size, depth = weight.shape
     tiles = linear_tiles(architecture(x.device), vocab_size, depth, x.dtype, isinstance(weight, Quantized))
-    tiles = replace(tiles, outputs=VOCAB_TILE)
+    tiles = replace(tiles, outputs=VOCAB_TILE, all_registers=True)  # a few would be spilled
     padded = cdiv(vocab_size, VOCAB_TILE) * VOCAB_TILE  # rows start at multiples of 16 bytes
-    out = x.new_empty(len(x), padded)[:, :vocab_size]
-    return linear(x, weight, out, norm=(norm_weight, norm_bias, eps), tile_maxima=tile_maxima, tiles=tiles)
+    out = x.new_empty(len(x if rows is None else rows), padded)[:, :vocab_size]
+    norm = (norm_weight, norm_bias, eps)
+    return linear(x, weight, out, rows=rows, norm=norm, moments=moments, tile_maxima=tile_maxima, tiles=tiles)
 
 
 def new_tile_maxima(num_rows: int, vocab_size: int, device: torch.device) -> torch.Tensor:

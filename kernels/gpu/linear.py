@@ -141,6 +141,7 @@ def _linear_kernel(
     AMD: tl.constexpr,
     SWAPPED: tl.constexpr,
     scales_ptr=None,  # float32 [M] of an int8 weight, or None
+    rows_ptr=None,  # int32 [N], the rows of x and of its moments that are taken, or None: all, in order
 ):
     """Grid (row tiles, output tiles, SPLITS): [BLOCK_ROWS, BLOCK_OUT] outputs over one split of K.
 
@@ -164,9 +165,10 @@ def _linear_kernel(
         if bias_ptr is not None:
             prefetch_rows(bias_ptr, only, tile * BLOCK_OUT, 1, M, BLOCK_OUT)
     wait_for_previous()
+    offs_x = offs_row if rows_ptr is None else tl.load(rows_ptr + offs_row, mask=mask_row, other=0).to(tl.int64)
     if norm_weight_ptr is not None:
         gain, shift = _load_affine(norm_weight_ptr, norm_bias_ptr, split * STEPS * BLOCK_K + offs_k, K)
-        mean, scale = load_moments(moments_ptr, offs_row, mask_row, K, tl.cdiv(K, PART), PART, BLOCK_PARTS, EPS)
+        mean, scale = load_moments(moments_ptr, offs_x, mask_row, K, tl.cdiv(K, PART), PART, BLOCK_PARTS, EPS)
 
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS) if SWAPPED else (BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for step in range(STEPS):
@@ -181,7 +183,7 @@ def _linear_kernel(
         if scales_ptr is not None:  # an integer of 8 bits is exact in each of these dtypes
             weight = weight.to(x_ptr.dtype.element_ty)
         mask_x = mask_row[:, None] & mask_k[None, :]
-        x = tl.load(x_ptr + offs_row[:, None] * K + k[None, :], mask=mask_x, other=0.0)
+        x = tl.load(x_ptr + offs_x[:, None] * K + k[None, :], mask=mask_x, other=0.0)
         if norm_weight_ptr is not None:
             # Those of the next step are asked for here: nothing pipelines loads of a few bytes a thread.
             next_gain, next_shift = _load_affine(norm_weight_ptr, norm_bias_ptr, k + BLOCK_K, K)
@@ -230,13 +232,14 @@ def _linear_kernel(
 
 
 def linear(
-    x: torch.Tensor,  # [N, K]
+    x: torch.Tensor,  # [N, K], or [R, K] with ``rows``
     weight: torch.Tensor | Quantized,  # [M, K]
     out: torch.Tensor,  # [N, M], written; rows may be apart
     *,
+    rows: torch.Tensor | None = None,  # int32 [N], the rows of x that are taken
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # weight [K], bias [K], eps
-    moments: torch.Tensor | None = None,  # float32 [N, 2, P] of x, for ``norm``; None = taken here, one launch more
+    moments: torch.Tensor | None = None,  # float32 [rows of x, 2, P], for ``norm``; None = taken here, one launch more
     activation: str | None = None,
     residual: torch.Tensor | None = None,  # [N, M]
     scatter: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,  # K and V caches [slots, H, D], slots [N]
@@ -248,9 +251,11 @@ def linear(
 
     Raises ValueError before the launch for what the kernel does not take: see ``require``, and rows over capacity.
     """
-    num_rows, depth = x.shape
+    depth, num_rows = x.shape[1], len(x if rows is None else rows)
     num_outputs, device, dtype = weight.shape[0], x.device, x.dtype
     require("x", x, (None, None), FLOATS, device)
+    if rows is not None:
+        require("rows", rows, (None,), torch.int32, device)
     scales = None
     if isinstance(weight, Quantized):
         weight, scales = weight.values, weight.scales
@@ -263,7 +268,7 @@ def linear(
         require("norm_weight", norm_weight, (depth,), dtype, device)
         require("norm_bias", norm_bias, (depth,), dtype, device)
     if moments is not None:
-        require("moments", moments, (num_rows, 2, cdiv(depth, MOMENT_PART)), torch.float32, device)
+        require("moments", moments, (len(x), 2, cdiv(depth, MOMENT_PART)), torch.float32, device)
     if residual is not None:
         require("residual", residual, (num_rows, num_outputs), dtype, device)
     if activation not in _ACTIVATIONS:
@@ -320,6 +325,7 @@ def linear(
             "arrivals_ptr": counters,
             "num_rows": num_rows,
             **({} if scales is None else {"scales_ptr": scales}),
+            **({} if rows is None else {"rows_ptr": rows}),
         },
         {
             "M": num_outputs,

@@ -102,11 +102,14 @@ def lm_head(
     eps: float,
     weight: Matrix,
     tile_maxima: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,  # int32 [N], rows of x; None = all of them, in order
+    moments: torch.Tensor | None = None,  # float32 [R, 2, P], of x; the twin takes its own
 ) -> torch.Tensor:
-    """Final layer norm and projection to the vocabulary: x [N, C], weight [V, C] -> logits [N, V] in x's dtype.
+    """Final layer norm and projection to the vocabulary: x [R, C], weight [V, C] -> logits [N, V] in x's dtype.
 
     ``tile_maxima`` float32 [N, cdiv(V, VOCAB_TILE)], if given, receives the largest logit of each tile of the row.
     """
+    x = x if rows is None else x[rows]
     logits = linear(torch.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), weight, None)
     if tile_maxima is not None:
         padded = F.pad(logits, (0, -logits.shape[1] % VOCAB_TILE), value=float("-inf"))
