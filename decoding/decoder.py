@@ -167,6 +167,7 @@ class StagedDecoder:
         limits = Limits(max_new_tokens, self._eos(eos_token_id, ignore_eos), _as_tuple(stop_strings))
         if limits.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need a tokenizer, and the oracle was loaded without one")
+        stops = text.StopStrings(self.tokenizer, limits.stop_strings) if limits.stop_strings else None
         if method is not None and speculation is not None:
             raise ValueError("give method, which names a shape, or speculation, which is one, not both")
         config = self.plan(method) if speculation is None else speculation
@@ -175,24 +176,26 @@ class StagedDecoder:
         with _exclusively([*lower, self.oracle]):
             generation = Generation(lower, self.oracle, prompt_ids, rule, limits, config, self.execution)
             try:
-                return self._drain(generation, prompt_ids, seed, limits.stop_strings, streamer)
+                return self._drain(generation, prompt_ids, seed, stops, streamer)
             finally:
                 generation.close()
 
-    def _drain(self, generation, prompt_ids, seed, stop_strings, streamer) -> GenerateOutput:
-        new, completion = [], None
+    def _drain(self, generation, prompt_ids, seed, stops, streamer) -> GenerateOutput:
+        new, completion, num_streamed = [], None, 0
         if streamer is not None:
             streamer.put(torch.tensor([prompt_ids]))
         for emitted in generation.run():
             new += emitted
-            if stop_strings and (stop := text.find_stop(self.tokenizer, new, stop_strings)):
+            if stops and (stop := stops.find(new)):
                 keep, completion = stop
-                surplus = len(new) - keep
-                generation.stats.truncate(surplus)
-                generation.finish_reason = "stop"
-                emitted, new = emitted[: max(0, len(emitted) - surplus)], new[:keep]
-            if streamer is not None and emitted:
-                streamer.put(torch.tensor(emitted))
+                generation.stats.truncate(len(new) - keep)
+                generation.finish_reason, new = "stop", new[:keep]
+            if streamer is not None:
+                is_open = stops and generation.finish_reason is None  # a stop string may take the last tokens away
+                ready = stops.num_settled(new) if is_open else len(new)
+                if ready > num_streamed:
+                    streamer.put(torch.tensor(new[num_streamed:ready]))
+                    num_streamed = ready
         if streamer is not None:
             streamer.end()
         if completion is None and self.tokenizer is not None:

@@ -15,24 +15,33 @@ from transformers.generation import (
 
 from decoding.decoder import StagedDecoder
 
-_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+# What transformers makes of a generation config: the fields of each, where they are named alike.
+_WARPERS = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
+_CRITERIA = {MaxLengthCriteria: "max_length", EosTokenCriteria: "eos_token_id"}
 _UNREAD = ("token_type_ids", "inputs_embeds", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
 
 
 def staged_generate(
-    draft: Any = None, draft2: Any = None, method: str | None = None, seed: int | None = None
+    draft: Any = None, draft2: Any = None, method: str | None = None, seed: int | None = None, streamer: Any = None
 ) -> Callable[..., torch.Tensor]:
     """A ``custom_generate`` for ``GPT2LMHeadModel.generate``: the model is the oracle, run by this project's forward.
 
-    ``draft``, ``draft2``, ``method`` and ``seed`` are those of ``StagedDecoder``; without a seed one is drawn from
-    torch's generator, so ``torch.manual_seed`` repeats a run. The stages are loaded at the first call and kept: a later
-    change of the model's weights has no effect. Returns ids [1, prompt + new] as ``generate`` does. Raises ValueError
-    for whatever would have to be ignored: batches, beams, penalties, other processors and stopping criteria.
+    ``draft``, ``draft2``, ``method``, ``seed`` and ``streamer`` are those of ``StagedDecoder``; without a seed one is
+    drawn from torch's generator, so ``torch.manual_seed`` repeats a run. The stages are loaded at the first call and
+    kept: a later change of the model's weights has no effect. Returns ids [1, prompt + new] as ``generate`` does.
+
+    Raises ValueError for whatever would have to be ignored: batches, beams, penalties, other processors and stopping
+    criteria. transformers (5.24) keeps ``streamer`` and ``assistant_model`` of its own call from a ``custom_generate``
+    that is a function: a streamer goes here, and the assistant is ``draft``.
     """
     decoders: dict[int, tuple[Any, StagedDecoder]] = {}
 
-    def generate(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **kwargs):
+    def generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         _refuse_what_is_not_computed(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
         if id(model) not in decoders:
             decoder = StagedDecoder.from_pretrained(
@@ -51,7 +60,7 @@ def staged_generate(
             seed=int(torch.randint(2**62, ())) if seed is None else seed,
             eos_token_id=eos,
             ignore_eos=eos is None,
-            streamer=_WithoutPrompt(streamer) if streamer is not None else None,
+            streamer=streamer,
             method=method,
         )
         return out.sequences.to(input_ids.device)
@@ -59,19 +68,9 @@ def staged_generate(
     return generate
 
 
-class _WithoutPrompt:
-    """transformers has already handed the prompt to the streamer."""
-
-    def __init__(self, streamer: Any):
-        self._streamer, self._is_prompt = streamer, True
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._is_prompt:
-            self._streamer.put(value)
-        self._is_prompt = False
-
-    def end(self) -> None:
-        self._streamer.end()
+def _values(value: Any) -> set:
+    """One number or several, however they are kept."""
+    return set(torch.as_tensor(value).flatten().tolist()) if value is not None else set()
 
 
 def _or(value: Any, default: float) -> float:
@@ -79,20 +78,25 @@ def _or(value: Any, default: float) -> float:
 
 
 def _refuse_what_is_not_computed(input_ids, logits_processor, stopping_criteria, generation_config, kwargs) -> None:
-    if input_ids.shape[0] != 1:
-        raise ValueError(f"staged_generate takes a batch of 1, got {input_ids.shape[0]}")
     for name in ("num_beams", "num_return_sequences"):
         if (getattr(generation_config, name, 1) or 1) != 1:
             raise ValueError(f"staged_generate needs {name}=1, got {getattr(generation_config, name)}")
+    for name in ("penalty_alpha", "dola_layers"):
+        if getattr(generation_config, name, None) is not None:
+            raise ValueError(f"staged_generate searches greedily or samples: {name} must be None")
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"staged_generate takes a batch of 1, got {input_ids.shape[0]}")
     for name in ("return_dict_in_generate", "output_scores", "output_logits"):
         if getattr(generation_config, name, False):
             raise ValueError(f"staged_generate returns token ids only: {name} must be false")
-    for processor in logits_processor or ():
-        if not isinstance(processor, _WARPERS):
-            raise ValueError(f"staged_generate does not apply {type(processor).__name__}")
-    for criterion in stopping_criteria or ():
-        if not isinstance(criterion, _CRITERIA):
-            raise ValueError(f"staged_generate does not apply {type(criterion).__name__}")
+    for known, given in ((_WARPERS, logits_processor), (_CRITERIA, stopping_criteria)):
+        for rule in given or ():
+            if type(rule) not in known:
+                raise ValueError(f"staged_generate does not apply {type(rule).__name__}")
+            name = known[type(rule)]
+            own, wanted = getattr(rule, name), getattr(generation_config, name)
+            if _values(own) != _values(wanted):
+                raise ValueError(f"staged_generate takes {name} of generate, {wanted}, not a rule with {own}")
     mask = kwargs.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         raise ValueError("staged_generate takes no padding: attention_mask must be all ones")

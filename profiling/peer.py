@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from decoding.config import SamplingConfig
 from decoding.decoder import StagedDecoder
-from decoding.text import find_stop
+from decoding.text import StopStrings
 
 
 class Stop(NamedTuple):
@@ -51,7 +51,7 @@ class Peer(ABC):
             raise ValueError("stop strings need a tokenizer, and the oracle's directory has none")
         length = min(max_new_tokens, self.context + 1 - len(prompt_ids))
         new = self._generate(prompt_ids, length, config, seed, stop, streamer)
-        found = find_stop(self.tokenizer, new, stop.strings) if stop.strings else None
+        found = StopStrings(self.tokenizer, stop.strings).find(new) if stop.strings else None
         return new if found is None else new[: found[0]]
 
     def warm_up(self, prompt_ids: list[int], max_new_tokens: int, sampling: dict[str, Any] | None = None) -> None:

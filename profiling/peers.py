@@ -34,7 +34,7 @@ from transformers import CompileConfig, GPT2LMHeadModel, StoppingCriteria, Stopp
 
 from decoding.compare import HFGenerate, first_difference
 from decoding.config import SamplingConfig
-from decoding.text import find_stop, load_tokenizer
+from decoding.text import StopStrings, load_tokenizer
 from profiling.peer import NEVER, Own, Peer, Stop, Unavailable
 
 __all__ = ["NAMES", "NEVER", "Own", "Peer", "Stop", "Unavailable", "defaults", "first_difference", "load"]
@@ -82,10 +82,10 @@ class _StopStrings(StoppingCriteria):
     """Our rule for stop strings, asked after every step, as our decoder does after every iteration."""
 
     def __init__(self, tokenizer: Any, strings: tuple[str, ...], num_prompt: int):
-        self.tokenizer, self.strings, self.num_prompt = tokenizer, strings, num_prompt
+        self.stops, self.num_prompt = StopStrings(tokenizer, strings), num_prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        found = find_stop(self.tokenizer, input_ids[0, self.num_prompt :].tolist(), self.strings)
+        found = self.stops.find(input_ids[0, self.num_prompt :].tolist())
         return torch.tensor([found is not None], device=input_ids.device)
 
 
@@ -130,12 +130,13 @@ class CTranslate2Peer(Peer):
 
     def _generate(self, prompt_ids, length, config, seed, stop, streamer):
         new: list[int] = []
+        stops = StopStrings(self.tokenizer, stop.strings) if stop.strings else None
 
         def step(result) -> bool:
             new.append(result.token_id)
             if streamer is not None:
                 streamer.put(torch.tensor([result.token_id]))
-            return bool(stop.strings) and find_stop(self.tokenizer, new, stop.strings) is not None
+            return stops is not None and stops.find(new) is not None
 
         if streamer is not None:
             streamer.put(torch.tensor([prompt_ids]))
