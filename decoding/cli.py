@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+import re
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,23 +27,27 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exit code 2 and one line on standard error for what the user can mend."""
     flags = parser().parse_args(arguments)
     try:
-        flags.run(flags)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"staged: {message}", file=sys.stderr)
+            flags.run(flags)
         sys.stdout.flush()
     except BrokenPipeError:  # a reader like head has seen enough; rich ends in the same way, with the same code
         with suppress(OSError, ValueError):  # where standard output is no file there is nothing left to flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"staged {flags.command}: {' '.join(_with_flags(str(error)).split())}", file=sys.stderr)
+        print(f"staged {flags.command}: {' '.join(_with_flags(str(error), flags).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _with_flags(message: str) -> str:
+def _with_flags(message: str, flags: argparse.Namespace) -> str:
     """``message`` with the field that it begins with, "top_p must be ...", named as the flag that set it."""
-    field, *rest = message.split(" ", 1)
-    return " ".join([f"--{field.replace('_', '-')}", *rest]) if field in (*SAMPLING, "max_new_tokens") else message
+    field = re.match(r"\w*", message)[0]
+    flag = "stop" if field == "stop_strings" else field
+    is_flag = flag in vars(flags) and flag not in ("prompt", "prompts", "command", "run")
+    return f"--{flag.replace('_', '-')}{message[len(field) :]}" if is_flag else message
 
 
 def parser() -> argparse.ArgumentParser:
@@ -176,11 +182,11 @@ def run_plan(flags: argparse.Namespace) -> None:
         if not getattr(flags, name) >= least:  # nan is not
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(flags, name)}")
     decoder = load_decoder(flags)
+    ids = [decoder.encode(prompt) for prompt in flags.prompts or DEMO_PROMPTS]
     try:
         flags.out.open("a").close()  # before the search, not after it
     except OSError as error:
         raise ValueError(f"--out: {flags.out}: {error.strerror}") from error
-    ids = [decoder.encode(prompt) for prompt in flags.prompts or DEMO_PROMPTS]
     sampling = {name: getattr(flags, name) for name in SAMPLING if name != "seed"} | {"seed": flags.seed or 0}
     found = search(decoder, ids, sampling, flags.max_new_tokens, flags.turns, flags.minutes, print)
     found.save(flags.out)

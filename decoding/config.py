@@ -2,14 +2,18 @@
 
 import math
 import numbers
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+
+import numpy as np
 
 from kernels.layout import DEPTH_LIMIT, MAX_CHILDREN, ROW_BLOCK, Sampling, TreeShape
 from kernels.reference import TREE_SHAPE, new_seed
 
 MAX_WIDTH = 1024  # nodes that one launch selects, and rounds
-LEAST_TEMPERATURE = 1e-30  # and tau: logits over less leave float32
+MAX_NODES = 2**16  # of a tree, two thirds of them kept from the iteration before
+LEAST_TEMPERATURE = 1e-15  # and tau: logits over the product of two less leave float32
 METHODS = ("baseline", "speculative", "tree", "staged")
 
 
@@ -24,11 +28,12 @@ class SamplingConfig:
     min_p: float = 0.0  # 0 = off
 
     def __post_init__(self):
+        require_bool("do_sample", self.do_sample)
         _require_number(
             "temperature",
             self.temperature,
             lambda value: value == 0 or value >= LEAST_TEMPERATURE,
-            f"0 or at least {LEAST_TEMPERATURE} and finite",
+            f"that is 0 or finite and at least {LEAST_TEMPERATURE}",
         )
         if self.top_k is not None:
             _require_integer("top_k", self.top_k, lambda value: value >= 0, "at least 0")
@@ -85,8 +90,8 @@ class SpeculationConfig:
             if not isinstance(values, tuple | list):
                 raise ValueError(f"{name} must be a tuple, an entry per stage, got {values!r}")
             object.__setattr__(self, name, tuple(values))  # a list cannot be hashed
-        if len(set(self.stages)) != len(self.stages):
-            raise ValueError(f"stages must differ, got {self.stages}")
+        if not all(isinstance(name, str) for name in self.stages) or len({*self.stages}) != len(self.stages):
+            raise ValueError(f"stages must be names, each once, got {self.stages}")
         for name, most in (("rounds", MAX_WIDTH), ("widths", MAX_WIDTH), ("children", MAX_CHILDREN)):
             values = getattr(self, name)
             if len(values) != len(self.stages):
@@ -99,6 +104,11 @@ class SpeculationConfig:
         _require_integer("max_depth", self.max_depth, lambda v: 1 <= v <= DEPTH_LIMIT, f"in [1, {DEPTH_LIMIT}]")
         _require_number("tau", self.tau, lambda v: v >= LEAST_TEMPERATURE, f"at least {LEAST_TEMPERATURE}")
         _require_number("min_prob", self.min_prob, lambda v: 0 <= v < 1, "in [0, 1)")
+        require_bool("shared_noise", self.shared_noise)
+        if self.capacity > MAX_NODES:
+            raise ValueError(
+                f"rounds, widths and children must make at most {MAX_NODES} nodes, got room for {self.capacity}"
+            )
 
     def __str__(self) -> str:
         """One line, as ``staged plan`` prints it; ``repr`` has every field."""
@@ -186,6 +196,8 @@ class Limits:
 
     def __post_init__(self):
         _require_integer("max_new_tokens", self.max_new_tokens, lambda value: value >= 1, "at least 1")
+        if not isinstance(self.stop_strings, tuple | list):
+            raise ValueError(f"stop_strings must be a string or a list of them, got {self.stop_strings!r}")
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop_strings must be non-empty strings, got {stop!r}")
@@ -202,6 +214,12 @@ def is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def require_bool(name: str, value: object) -> None:
+    """Raises ValueError for what is true or false only by Python's rules, as the text "False" is."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def _require_integer(name: str, value: object, allowed: Callable[[int], bool], wanted: str) -> None:
     if not is_integer(value):
         raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
@@ -211,5 +229,5 @@ def _require_integer(name: str, value: object, allowed: Callable[[int], bool], w
 
 def _require_number(name: str, value: object, allowed: Callable[[float], bool], wanted: str) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not allowed(value):
+    if not is_number or not abs(value) <= sys.float_info.max or not allowed(value):
         raise ValueError(f"{name} must be a number {wanted}, got {value!r}")

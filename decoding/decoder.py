@@ -2,7 +2,7 @@
 
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from decoding.config import (
     check_seed,
     default_speculation,
     is_integer,
+    require_bool,
 )
 from decoding.execution import choose
 from decoding.loop import Generation
@@ -111,6 +112,8 @@ class StagedDecoder:
         if draft_quantization is not None and not draft:
             raise ValueError(f"draft_quantization={draft_quantization!r} needs a draft, and there is none")
         plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
+        if plan is not None and not isinstance(plan, Plan):
+            raise ValueError(f"plan must be a file that 'staged plan' wrote or a Plan, got {plan!r}")
         chosen = runtime.resolve(device, dtype, backend)
         oracle_stage, tokenizer = _load_stage("oracle", oracle, chosen)
         drafts = [_default(draft, "draft", oracle)] if not isinstance(draft, list | tuple) else list(draft)
@@ -118,6 +121,8 @@ class StagedDecoder:
         lower: list[Stage] = []
         table = _default(draft2, "draft2", oracle)
         if table is not None:
+            if not isinstance(table, str | Path):
+                raise ValueError(f"draft2 must be the directory of a table, got {table!r}")
             rows = katz.load(table)
             home = chosen.ops.state_device(chosen.device)
             rows = SuccessorTable(*(aligned(part.to(home)) for part in rows[:-1]), rows.vocab_size)
@@ -159,6 +164,11 @@ class StagedDecoder:
         RuntimeError where a stage is in use: one generation at a time, streamers and other threads included.
         """
         prompt_ids = self.encode(prompt)
+        require_bool("ignore_eos", ignore_eos)
+        if speculation is not None and not isinstance(speculation, SpeculationConfig):
+            raise ValueError(f"speculation must be a SpeculationConfig, got {speculation!r}")
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(f"streamer must have put and end, as transformers' have, got {streamer!r}")
         sampling = SamplingConfig(do_sample, temperature, top_k, top_p, min_p)
         if sampling.unused:
             unused = ", ".join(sampling.unused)
@@ -215,15 +225,19 @@ class StagedDecoder:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the oracle was loaded without a tokenizer: pass token ids, not text")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:  # a lone surrogate, as Python makes of bytes that are no UTF-8
+                raise ValueError(f"prompt must be text that UTF-8 can hold: {error}") from error
             ids = self.tokenizer.encode(prompt).ids
+        elif isinstance(prompt, torch.Tensor | np.ndarray):
+            if prompt.ndim not in (1, 2) or (prompt.ndim == 2 and prompt.shape[0] != 1):
+                raise ValueError(f"prompt must be token ids [n] or [1, n], one sequence, got {tuple(prompt.shape)}")
+            ids = prompt.reshape(-1).tolist()
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
+            ids = list(prompt[0] if len(prompt) == 1 and isinstance(prompt[0], list) else prompt)
         else:
-            if isinstance(prompt, np.ndarray):
-                prompt = torch.from_numpy(prompt)
-            if isinstance(prompt, torch.Tensor) and (prompt.is_floating_point() or prompt.dim() not in (1, 2)):
-                raise ValueError(f"prompt must be token ids [n] or [1, n], got {prompt.dtype} {tuple(prompt.shape)}")
-            ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
-            if len(ids) == 1 and isinstance(ids[0], list):
-                ids = ids[0]
+            raise ValueError(f"prompt must be text or token ids, a list or tensor, got {type(prompt).__name__}")
         if not ids:
             raise ValueError("prompt is empty: at least 1 token is needed")
         context, vocab_size = self.oracle.model.config.n_positions, self.oracle.vocab_size
@@ -285,7 +299,7 @@ def _exclusively(stages: list[Stage]) -> Iterator[None]:
 def _load_stage(name: str, source: Any, chosen: runtime.Runtime, scheme: str | None = None):
     """A GPT-2 stage and its tokenizer (None where there is none)."""
     tokenizer = None
-    if not hasattr(source, "state_dict"):
+    if not (hasattr(source, "state_dict") and hasattr(source, "config")):
         if not isinstance(source, str | Path):
             raise ValueError(f"{name} must be a hub id, a directory or a GPT2LMHeadModel, got {type(source).__name__}")
         source = BUNDLED / name if source == "bundled" else weights.locate(source)
@@ -300,6 +314,8 @@ def _load_stage(name: str, source: Any, chosen: runtime.Runtime, scheme: str | N
 
 
 def _default(value: Any, stage: str, oracle: Any) -> Any:
+    if isinstance(value, str) and value == "bundled":
+        return BUNDLED / stage
     if not (isinstance(value, str) and value == "auto"):
         return value
     if not (isinstance(oracle, str) and oracle == "bundled"):
@@ -308,4 +324,4 @@ def _default(value: Any, stage: str, oracle: Any) -> Any:
 
 
 def _as_tuple(value: str | list[str] | None) -> tuple[str, ...]:
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    return () if value is None else (value,) if isinstance(value, str) else value

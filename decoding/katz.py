@@ -227,6 +227,7 @@ def _check(table: SuccessorTable) -> None:
     size = table.vocab_size
     require(table.keys.shape == table.rows.shape, "keys and rows differ in length")
     require(table.keys.dtype == torch.int64, f"keys are {table.keys.dtype}, not int64")
+    require(table.rows.dtype == torch.int32, f"rows are {table.rows.dtype}, not int32")
     require(len(table.keys).bit_count() == 1, f"{len(table.keys)} buckets are not a power of two")
     require(num_rows >= size, f"{num_rows} rows for {size} tokens")
     require(table.log_probs.shape == (num_rows, width), f"log_probs has shape {tuple(table.log_probs.shape)}")

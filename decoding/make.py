@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -32,7 +33,10 @@ def read_corpus(data: list[str] | None, suffix: str, exclude: Path | None = None
     sources = []
     for name in data or ["installed"]:
         sources += corpus.installed_sources() if name == "installed" else corpus.directory_sources(Path(name))
-    excluded = corpus.telling_lines(exclude) if exclude else frozenset()
+    try:
+        excluded = corpus.telling_lines(exclude) if exclude else frozenset()
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--exclude: {exclude} does not hold JSON lines with prompts: {error!r}") from error
     return corpus.collect(sources, suffix, excluded=excluded)
 
 
@@ -59,7 +63,6 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
         tokenizer = corpus.train_tokenizer(texts.train, _vocab_size(flags))
     else:
         tokenizer = _tokenizer(tokenizer_dir)
-    flags.out.mkdir(parents=True, exist_ok=True)
     end = corpus.END_OF_TEXT
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(flags.out)
     train, heldout = corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
@@ -98,14 +101,21 @@ def train_draft(flags: argparse.Namespace) -> None:
     _train(flags, flags.oracle, _model(flags.oracle))
 
 
-def _require_model(directory: Path) -> None:
+def _model(directory: Path) -> GPT2LMHeadModel:
     if not (directory / "config.json").is_file():
         raise ValueError(f"no trained model in {directory}")
+    try:
+        return GPT2LMHeadModel.from_pretrained(directory)
+    except Exception as error:  # of transformers, safetensors or the hub's checks of a config
+        raise ValueError(f"{directory} holds no GPT-2 that transformers can load: {error}") from error
 
 
-def _model(directory: Path) -> GPT2LMHeadModel:
-    _require_model(directory)
-    return GPT2LMHeadModel.from_pretrained(directory)
+def _begin(flags: argparse.Namespace) -> None:
+    """Make the folder to write before any work."""
+    try:
+        flags.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {flags.out}: {error.strerror}") from error
 
 
 def own_text(directory: Path, prompt_ids: np.ndarray, num_tokens: int, temperature: float) -> np.ndarray:
@@ -131,6 +141,12 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
         raise ValueError(f"vocab-size must be from 257, all bytes and the end, to 65536, got {flags.vocab_size}")
     if teacher is not None and not 0 < flags.own_share < 1:
         raise ValueError(f"own-share must be above 0 and below 1, got {flags.own_share}")
+    if teacher is not None and flags.own_text < 0:
+        raise ValueError(f"own-text must be at least 0, got {flags.own_text}")
+    if not flags.checkpoint_minutes >= 0:
+        raise ValueError(f"checkpoint-minutes must be at least 0, got {flags.checkpoint_minutes}")
+    start = _model(flags.start) if flags.start else None
+    _begin(flags)
     ids, heldout = prepare(flags, tokenizer_dir)
     if teacher is not None and flags.own_text:
         stored = flags.out / OWN_TEXT
@@ -145,7 +161,6 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
             print(f"the oracle's own text is {share:.1%} of what is learnt from: a larger --own-text makes it more")
     tokenizer = _tokenizer(flags.out)
     config = TrainingConfig(**given, vocab_size=tokenizer.get_vocab_size())
-    start = _model(flags.start) if flags.start else None
     origin = _ancestry(flags.start, start) if flags.start else None
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -212,15 +227,18 @@ def _ancestry(directory: Path, start: GPT2LMHeadModel) -> dict:
 
 
 def build_draft2(flags: argparse.Namespace) -> None:
-    if flags.model is not None:
-        _require_model(flags.model)
-    elif flags.samples is not None or flags.temperature is not None:
+    if flags.model is None and (flags.samples is not None or flags.temperature is not None):
         raise ValueError("samples and temperature are of the text that a --model writes")
     num_samples = 1_000_000 if flags.samples is None else flags.samples
     temperature = 1.5 if flags.temperature is None else flags.temperature
-    if num_samples < 1 or not temperature > 0:
-        raise ValueError(f"samples and temperature must be above 0, got {num_samples} and {temperature}")
+    if num_samples < 1 or not 0 < temperature < math.inf:
+        raise ValueError(f"samples and temperature must be above 0 and finite, got {num_samples} and {temperature}")
     tokenizer = _tokenizer(flags.tokenizer)
+    if flags.model is not None:
+        vocab_size = _model(flags.model).config.vocab_size
+        if vocab_size != tokenizer.get_vocab_size():
+            raise ValueError(f"{flags.model} has {vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}")
+    _begin(flags)
     ids = corpus.encode(tokenizer, read_corpus(flags.data, flags.suffix, flags.exclude).train)
     origin = "text"
     if flags.model is not None:

@@ -27,13 +27,12 @@ class Plan:
             fields = json.loads(Path(path).read_text())
             shapes = {method: _shape(given) for method, given in fields.pop("shapes").items()}
             plan = cls(shapes=shapes, **fields)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if {*shapes} - {*METHODS} or plan.fastest not in shapes:
+                raise ValueError(f"shapes must be of methods of {METHODS}, one of them the fastest, got {[*shapes]}")
+            if not isinstance(plan.conditions, dict):
+                raise ValueError(f"conditions must be an object, got {plan.conditions!r}")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a plan that 'staged plan' wrote: {error}") from error
-        unknown = {*shapes, plan.fastest} - {*METHODS}
-        if unknown or plan.fastest not in shapes:
-            raise ValueError(
-                f"{path} must have shapes for methods of {METHODS}, one of them the fastest, got {[*shapes]}"
-            )
         return plan
 
 

@@ -5,6 +5,7 @@ L  layers                            H  heads                            D  head
 C  model width, H * D                V  vocabulary                       S  page size in tokens
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class GPT2Config:
         if model_type != "gpt2":
             raise ValueError(f"model_type must be 'gpt2', got {model_type!r}")
         activation = fields.get("activation_function", "gelu_new")
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ValueError(f"activation_function must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
         if fields.get("add_cross_attention"):
             raise ValueError("add_cross_attention must be false: cross attention is not computed")
@@ -59,8 +60,8 @@ class GPT2Config:
         if width % heads:
             raise ValueError(f"n_embd must be a multiple of n_head, got {width} and {heads}")
         epsilon = fields.get("layer_norm_epsilon", 1e-5)
-        if not isinstance(epsilon, float) or not epsilon > 0:
-            raise ValueError(f"layer_norm_epsilon must be a number above 0, got {epsilon!r}")
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < math.inf:
+            raise ValueError(f"layer_norm_epsilon must be a finite number above 0, got {epsilon!r}")
         vocab_size = _positive(fields, "vocab_size", 50257)
         return cls(
             vocab_size=vocab_size,
@@ -70,7 +71,7 @@ class GPT2Config:
             n_head=heads,
             n_inner=4 * width if fields.get("n_inner") is None else _positive(fields, "n_inner", 0),
             activation=ACTIVATIONS[activation],
-            layer_norm_epsilon=epsilon,
+            layer_norm_epsilon=float(epsilon),
             scale_attn_weights=bool(fields.get("scale_attn_weights", True)),
             scale_attn_by_inverse_layer_idx=bool(fields.get("scale_attn_by_inverse_layer_idx", False)),
             tie_word_embeddings=bool(fields.get("tie_word_embeddings", True)),

@@ -1,5 +1,6 @@
 """What a training run is told."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -35,10 +36,12 @@ class TrainingConfig:
             raise ValueError(f"short_window must be at most context, {self.context}, got {self.short_window}")
         if self.tokens_per_step < self.context:
             raise ValueError(f"tokens_per_step must be at least context, {self.context}, got {self.tokens_per_step}")
-        if not self.steps and not self.minutes > 0:
-            raise ValueError(f"minutes must be above 0, or steps given, got {self.minutes}")
-        if not self.learning_rate > 0 or self.warmup_steps < 1:
+        if not self.steps and not 0 < self.minutes < math.inf:
+            raise ValueError(f"minutes must be above 0 and finite, or steps given, got {self.minutes}")
+        if not 0 < self.learning_rate < math.inf or self.warmup_steps < 1:
             raise ValueError(f"both above 0: got learning_rate {self.learning_rate}, warmup_steps {self.warmup_steps}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
         if not self.decay_share > 0:
             raise ValueError(f"decay_share must be above 0, got {self.decay_share}")
         for name in ("full_window_share", "decay_share", "teacher_share"):

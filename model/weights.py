@@ -127,8 +127,10 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     files = sorted(directory.glob("*.safetensors"))
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = set(_read_json(index).get("weight_map", {}).values())
-        files = [directory / name for name in sorted(names)]
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index} must map names of weights to files, got weight_map {names!r}")
+        files = [directory / name for name in sorted({*names.values()})]
     elif len(files) > 1:
         raise ValueError(f"{directory} holds {len(files)} safetensors files and no model.safetensors.index.json")
     if not files:

@@ -51,24 +51,37 @@ BAD = {
     "missing stage": ({"method": "staged"}, "needs draft2"),
     "eos": ({"eos_token_id": VOCAB}, "eos_token_id"),
     "scalar prompt": ({"prompt": torch.tensor(5)}, r"token ids \[n\] or \[1, n\]"),
-    "temperature that no float32 survives": ({"temperature": 1e-38}, "temperature.*0 or at least 1e-30"),
+    "temperature that no float32 survives": ({"temperature": 1e-18}, "temperature.*0 or finite and at least 1e-15"),
     "method and shape": ({"method": "tree", "speculation": SpeculationConfig()}, "not both"),
     "stop without tokenizer": ({"stop_strings": ["x"]}, "tokenizer"),
+    "stop of no text": ({"stop_strings": 5}, "stop_strings must be a string or a list"),
+    "no prompt": ({"prompt": None}, "prompt must be text or token ids, .*NoneType"),
+    "bytes": ({"prompt": b"abc"}, "prompt must be text or token ids, .*bytes"),
+    "two sequences": ({"prompt": torch.ones(2, 3).int()}, r"one sequence, got \(2, 3\)"),
+    "text for a flag": ({"do_sample": "False"}, "do_sample must be True or False, got 'False'"),
+    "text for another": ({"ignore_eos": "no"}, "ignore_eos must be True or False, got 'no'"),
+    "shape by name": ({"speculation": "tree"}, "speculation must be a SpeculationConfig"),
+    "no streamer": ({"streamer": 5}, "streamer must have put and end"),
+    "temperature beyond floats": ({"temperature": 10**400}, "temperature must be a number"),
 }
 
 
 def test_prompts_of_any_kind_are_equal(tiny):
     prompts = ([1, 2], torch.tensor([1, 2]), torch.tensor([[1, 2]]), np.array([1, 2]), np.array([[1, 2]]))
+    prompts += ([[1, 2]], (1, 2), np.array([2, 1])[::-1])
     assert len({tuple(tiny.generate(prompt, max_new_tokens=4).new_token_ids) for prompt in prompts}) == 1
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stages": ("draft", "draft"), "rounds": (1, 1)}, "stages must differ"),
+        ({"stages": ("draft", "draft"), "rounds": (1, 1)}, "stages must be names, each once"),
         ({"children": (65,)}, r"children must be in \[1, 64\], got 65"),
         ({"stages": "draft"}, "stages must be a tuple"),
         ({"rounds": 2}, "rounds must be a tuple"),
+        ({"stages": ([],)}, "stages must be names"),
+        ({"rounds": (1024,), "widths": (1024,), "children": (64,)}, "at most 65536 nodes, got room for 134"),
+        ({"shared_noise": "no"}, "shared_noise must be True or False, got 'no'"),
     ],
 )
 def test_shapes_that_cannot_run_are_refused(fields, message):
@@ -108,6 +121,9 @@ def test_what_greedy_decoding_has_no_use_for_is_told(tiny):
         ({"oracle": "bundled", "backend": "jax"}, "backend must be"),
         ({"oracle": "./nowhere"}, "not a directory"),
         ({"oracle": 3, "draft": None, "draft2": None}, "oracle must be a hub id"),
+        ({"oracle": torch.nn.Linear(2, 2), "draft": None, "draft2": None}, "oracle must be a hub id.*Linear"),
+        ({"oracle": "bundled", "draft2": 3}, "draft2 must be the directory"),
+        ({"oracle": "bundled", "plan": {}}, "plan must be a file"),
     ],
     ids=lambda value: next(reversed(value.values())) if isinstance(value, dict) else None,
 )
@@ -259,6 +275,21 @@ def test_stop_strings_by_hand():
     assert StopStrings(tokenizer, ("ab", "cab")).find([2, 0, 1]) == (0, ""), "both by the last token"
     with pytest.raises(ValueError, match="'<end>' is a special token: name it in eos_token_id"):
         StopStrings(tokenizer, ("a", "<end>"))
+
+
+def test_text_that_utf8_cannot_hold(bundled):
+    """What Python makes of bytes that are no UTF-8."""
+    with pytest.raises(ValueError, match="prompt must be text that UTF-8 can hold"):
+        bundled.generate("abc\udcff", max_new_tokens=1)
+
+
+@pytest.mark.parametrize("temperature, tau", [(1e-15, 1e-15), (1e-15, 0.85), (1e-3, 1e-15)])
+def test_the_smallest_temperature_and_tau(bundled, temperature, tau):
+    """Neither gives infinities, and tau never decides what the text is."""
+    shape = SpeculationConfig(("draft2", "draft"), (2, 2), (4, 4), (4, 4), 7, 8, tau=tau)
+    given = {"max_new_tokens": 12, "do_sample": True, "temperature": temperature, "seed": 1}
+    plain = bundled.generate("x", method="baseline", **given)
+    assert bundled.generate("x", speculation=shape, **given).new_token_ids == plain.new_token_ids
 
 
 def test_statistics_add_up(bundled):

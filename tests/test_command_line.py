@@ -55,9 +55,14 @@ def test_command_line_errors_are_one_line_and_exit_two(arguments, capsys):
     [
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--do-sample", "--top-p", "7"], "--top-p must be a number in (0, 1], got 7.0"),
+        (["--stop", ""], "--stop must be non-empty strings, got ''"),
+        (
+            ["--draft", "none", "--draft-quantization", "int8"],
+            "--draft-quantization='int8' needs a draft, and there is none",
+        ),
         (["--seed", "3"], "--seed: no effect without --do-sample and a temperature above 0"),
     ],
-    ids=["length", "filter", "seed"],
+    ids=["length", "filter", "stop", "draft", "seed"],
 )
 def test_errors_name_the_flag(arguments, said, capsys):
     with pytest.raises(SystemExit, match="2"):

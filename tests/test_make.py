@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from decoding import StagedDecoder, cli, make
+from decoding.decoder import BUNDLED
 from model import bundle, training
 from tests.test_corpus import source, write
 
@@ -110,7 +111,16 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
     assert "width must be a multiple of 64" in capsys.readouterr().err and not Path(draft).exists()
     with pytest.raises(SystemExit):
         cli.main(["train-oracle", "--out", draft, *data, "--minutes", "0"])
-    assert "minutes must be above 0, or steps given" in capsys.readouterr().err and not Path(draft).exists()
+    assert "minutes must be above 0 and finite, or steps given" in capsys.readouterr().err and not Path(draft).exists()
+    for flag, value, why in (
+        ("--checkpoint-minutes", "nan", "checkpoint-minutes must be at least 0"),
+        ("--learning-rate", "inf", "both above 0: got learning_rate inf"),
+        ("--seed", "-1", "seed must be in"),
+        ("--start", str(tmp_path / "absent"), "no trained model in"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["train-oracle", "--out", draft, *data, *sizes, flag, value])
+        assert why in capsys.readouterr().err and not Path(draft).exists()
     for share in ("0", "1", "nan"):
         with pytest.raises(SystemExit):
             cli.main(["train-draft", "--oracle", oracle, "--out", draft, *data, *sizes, "--own-share", share])
@@ -122,7 +132,17 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
         learnt = json.loads((tmp_path / "draft" / "training.json").read_text())["text_tokens"]
         assert learnt == len(tokens["train"]) + make.MOST_REPEATS * len(stored)
     assert "the oracle's own text is" in capsys.readouterr().out
-    cli.main(["build-draft2", "--tokenizer", oracle, "--model", draft, "--samples", "64", "--out", draft2, *data])
+    table = ["build-draft2", "--tokenizer", oracle, *data]
+    for wrong, why in (
+        (["--model", draft, "--samples", "64", "--out", str(tmp_path / "draft" / "config.json")], "--out: "),
+        (["--model", str(BUNDLED / "draft"), "--out", draft2], "has 8192 tokens, the tokenizer 300"),
+        (["--model", draft, "--temperature", "inf", "--out", draft2], "must be above 0 and finite"),
+        (["--exclude", str(text / "file_1.py"), "--out", draft2], "does not hold JSON lines with prompts"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*table, *wrong])
+        assert why in capsys.readouterr().err
+    cli.main([*table, "--model", draft, "--samples", "64", "--out", draft2])
     cli.main(["build-draft2", "--tokenizer", oracle, "--out", draft2 + "_text", *data])
     origins = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("draft2", "draft2_text")]
     assert origins[0]["estimated_from"] == "text that draft wrote at temperature 1.5"

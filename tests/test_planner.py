@@ -120,6 +120,8 @@ def test_a_plan_survives_its_file(plan, tmp_path):
     ("change", "message"),
     [
         (None, "not a plan"),
+        ({"conditions": []}, "not a plan.*conditions must be an object"),
+        ({"fastest": ["baseline"]}, "not a plan"),
         ({"shapes": {"baseline": {"budget": -1}}}, "budget must be"),
         ({"shapes": {"magic": {}}}, "one of them the fastest, got .'magic'"),
         ({"fastest": "staged"}, "one of them the fastest"),

@@ -216,7 +216,7 @@ def test_corrupted_weights_file(copied, keep):
 
 def test_a_later_change_of_the_model_changes_nothing():
     """Weights are copies, those too that are already of the right dtype and layout."""
-    model = hf_model()
+    model = copy.deepcopy(hf_model())
     weights = load32(model)[1]
     before = [tensor.clone() for tensor in weights.tensors()]
     with torch.no_grad():
