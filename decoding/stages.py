@@ -243,11 +243,10 @@ class GPT2Stage(Stage):
         """Last hidden states of all rows, [R, C], their moments, and the number of passes; many rows go in several,
         parents first."""
         index, device = self._cache_index, self.model.device
-        columns = (rows.tokens, rows.positions, torch.zeros_like(rows.tokens), rows.slot_mapping, rows.paths)
         shared = (chain.node_slots[index], chain.page_tables[index : index + 1], progress.length)
         node_slots, *where = _on(device, *shared)
         moments = self.model.ops.new_moments(len(rows.tokens), self.model.config.n_embd, device)
-        passes = list(_parts(*_on(device, *columns)))
+        passes = list(_parts(*_on(device, *rows[:5])))
         left = [None] * len(passes) if moments is None else moments.split(MAX_ROWS)
         parts = [
             self.model.forward(Query(*part, node_slots), self.cache, *where, moments=of)

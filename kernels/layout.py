@@ -147,6 +147,7 @@ class Rows(NamedTuple):
 
     tokens: torch.Tensor  # int32 [R]
     positions: torch.Tensor  # int32 [R]
+    sequences: torch.Tensor  # int32 [R], the page table of each row: 0, as long as there is one
     slot_mapping: torch.Tensor  # int32 [R]
     paths: torch.Tensor  # int32 [R, DEPTH_LIMIT + 1]
     nodes: torch.Tensor  # int32 [W], the nodes to score, -1 = none

@@ -167,6 +167,7 @@ class Lockstep:
         assert torch.equal(given.nodes[kept], rows.nodes) and (given.nodes[~kept] == -1).all()
         assert torch.equal((live.cumsum(0) - 1)[given.row_of[kept].long()].int(), rows.row_of.int())
         assert torch.equal(given.draw_positions[kept], rows.draw_positions)
+        assert not given.sequences.any() and len(given.sequences) == len(live)
         assert not given.tokens[~live].any() and not given.positions[~live].any(), "what a dead row reads must exist"
         assert (given.row_of >= 0).all() and (given.row_of < len(live)).all()
         num_own = int((rows.nodes > 0).sum())

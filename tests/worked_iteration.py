@@ -93,7 +93,7 @@ def pass_rows(ops, state: State, nodes: list[int], num_head: int = 9, num_rows: 
     rows = Rows(*(column.cpu() for column in given))
     lives, kept = rows.slot_mapping >= 0, rows.nodes >= 0
     assert ops is reference or len(rows.tokens) == num_head + num_rows
-    assert not rows.tokens[~lives].any() and not rows.positions[~lives].any()
+    assert not rows.tokens[~lives].any() and not rows.positions[~lives].any() and not rows.sequences.any()
     assert (rows.row_of >= 0).all() and (rows.row_of < max(1, len(rows.tokens))).all()
     place = lives.cumsum(0) - 1
     paths = [[node for node in path if node >= 0] for path in rows.paths[lives].tolist()]

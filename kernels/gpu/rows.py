@@ -28,6 +28,7 @@ def _stage_rows_kernel(
     node_of_ptr,  # int32 [ROWS], scratch
     tokens_ptr,  # int32 [HEAD + ROWS], written, as all below
     positions_ptr,  # int32 [HEAD + ROWS]
+    sequences_ptr,  # int32 [HEAD + ROWS]
     slot_mapping_ptr,  # int32 [HEAD + ROWS]
     paths_ptr,  # int32 [HEAD + ROWS, PATH]
     kept_ptr,  # int32 [W]
@@ -90,6 +91,7 @@ def _stage_rows_kernel(
     live = active & (position < length) & (offs < HEAD)
     tl.store(tokens_ptr + offs, tl.load(text_ptr + position, mask=live, other=0), mask=offs < HEAD)
     tl.store(positions_ptr + offs, tl.where(live, position, 0), mask=offs < HEAD)
+    tl.store(sequences_ptr + offs, 0, mask=offs < HEAD)
     slot = tl.load(page_tables_ptr + cache * stride_table + position, mask=live, other=-1)
     tl.store(slot_mapping_ptr + offs, slot, mask=offs < HEAD)
     tl.store(paths_ptr + offs[:, None] * PATH + d, 0, mask=(offs < HEAD)[:, None] & (d < PATH))
@@ -101,6 +103,7 @@ def _stage_rows_kernel(
     at = HEAD + row
     tl.store(tokens_ptr + at, tl.load(tree_tokens_ptr + node, mask=live, other=0), mask=row < ROWS)
     tl.store(positions_ptr + at, tl.where(live, length - 1 + depth, 0), mask=row < ROWS)
+    tl.store(sequences_ptr + at, 0, mask=row < ROWS)
     slot = tl.load(node_slots_ptr + cache * M + node, mask=live, other=-1)
     tl.store(slot_mapping_ptr + at, slot, mask=row < ROWS)
     path = tl.load(tree_paths_ptr + node[:, None] * PATH + d, mask=live[:, None] & (d < PATH), other=-1)
@@ -136,6 +139,7 @@ def stage_rows(
         integers(total),
         integers(total),
         integers(total),
+        integers(total),
         integers(total, PATH),
         integers(width),
         integers(width),
@@ -161,6 +165,7 @@ def stage_rows(
             "node_of_ptr": integers(num_rows),
             "tokens_ptr": rows.tokens,
             "positions_ptr": rows.positions,
+            "sequences_ptr": rows.sequences,
             "slot_mapping_ptr": rows.slot_mapping,
             "paths_ptr": rows.paths,
             "kept_ptr": rows.nodes,

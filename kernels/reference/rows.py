@@ -33,7 +33,7 @@ def stage_rows(
         first, nodes = length, nodes[:0]
     assert length - first <= num_head, f"{length - first} committed tokens to catch up with, room for {num_head}"
     columns = _rows(in_numpy(tree), nodes, progress.text, first, length, in_numpy(chain), cache, num_rows)
-    assert columns[5].min(initial=0) >= 0, "a node is to be scored whose K/V the cache has already"
+    assert columns[6].min(initial=0) >= 0, "a node is to be scored whose K/V the cache has already"
     return Rows(*map(torch.from_numpy, columns))
 
 
@@ -82,4 +82,13 @@ def _rows(tree, nodes, text, first, length, chain, cache, num_rows):
             cached[node] = 1
     if first < length:
         chain.cached_len[cache] = length
-    return tokens, positions, slots, paths, kept[:num_kept], row_of[:num_kept], draw_positions[:num_kept]
+    return (
+        tokens,
+        positions,
+        np.zeros_like(tokens),
+        slots,
+        paths,
+        kept[:num_kept],
+        row_of[:num_kept],
+        draw_positions[:num_kept],
+    )
