@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import decoding
 import kernels
@@ -16,6 +17,7 @@ from decoding.config import Limits, SamplingConfig, SpeculationConfig
 from decoding.katz import KatzTrigram
 from decoding.loop import Generation
 from decoding.stages import KatzStage
+from kernels.gpu.launch import architecture, record
 from kernels.layout import LENGTH, Record
 from profiling.equality import noisy_copy
 from tests.helpers import hf_model, random_tokens
@@ -80,13 +82,40 @@ def test_a_pass_of_the_oracle_has_a_row_for_each_node(monkeypatch):
     ours, counts = generation("triton"), []
     forward = ours.oracle.model.forward
 
-    def counting(query, *rest):
+    def counting(query, *rest, **more):
         counts.append(len(query.tokens))
-        return forward(query, *rest)
+        return forward(query, *rest, **more)
 
     monkeypatch.setattr(ours.oracle.model, "forward", counting)
     ours.iterate()
     assert counts == [ours.config.budget + 1]
+
+
+class Computing(TorchDispatchMode):
+    """The operations of torch that do more than allocate or look at memory."""
+
+    FREE = ("empty", "new_empty", "empty_like", "empty_strided", "view", "select", "slice", "split", "alias", "detach")
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ not in self.FREE:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_iteration_launches_no_kernel_of_torch(monkeypatch):
+    """Such a launch starts only when all before it has finished, and nothing starts early behind it."""
+    monkeypatch.undo()  # what fills scratch memory with NaN
+    ours = generation("triton")
+    with record(architecture(ours.oracle.model.device)) as launches, Computing() as computing:
+        ours.iterate()
+    assert not computing.names and len(launches) > 20
+    with Computing() as computing:
+        torch.zeros(2)[torch.tensor([1])].clone()
+    assert any("index" in name for name in computing.names), "it would be noticed"
 
 
 @pytest.mark.gpu
