@@ -111,7 +111,7 @@ def lm_head(
     """
     vocab_size, depth = weight.shape
     tiles = linear_tiles(architecture(x.device), vocab_size, depth, x.dtype, isinstance(weight, Quantized))
-    tiles = replace(tiles, outputs=VOCAB_TILE, all_registers=True)  # a few would be spilled
+    tiles = replace(tiles, outputs=VOCAB_TILE)
     padded = cdiv(vocab_size, VOCAB_TILE) * VOCAB_TILE  # rows start at multiples of 16 bytes
     out = x.new_empty(len(x if rows is None else rows), padded)[:, :vocab_size]
     norm = (norm_weight, norm_bias, eps)
