@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -12,7 +11,7 @@ from kernels.layout import DEPTH_LIMIT, MAX_CHILDREN, ROW_BLOCK, Sampling, TreeS
 from kernels.reference import TREE_SHAPE, new_seed
 
 MAX_WIDTH = 1024  # nodes that one launch selects, and rounds
-MAX_NODES = 2**16  # of a tree, two thirds of them kept from the iteration before
+MAX_NODES = 2**16  # that a tree has room for, those kept from the iteration before included
 LEAST_TEMPERATURE = 1e-15  # and tau: logits over the product of two less leave float32
 METHODS = ("baseline", "speculative", "tree", "staged")
 
@@ -229,5 +228,9 @@ def _require_integer(name: str, value: object, allowed: Callable[[int], bool], w
 
 def _require_number(name: str, value: object, allowed: Callable[[float], bool], wanted: str) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max or not allowed(value):
+    try:
+        is_number = is_number and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        is_number = False
+    if not is_number or not allowed(value):
         raise ValueError(f"{name} must be a number {wanted}, got {value!r}")

@@ -116,7 +116,9 @@ class StagedDecoder:
             raise ValueError(f"plan must be a file that 'staged plan' wrote or a Plan, got {plan!r}")
         chosen = runtime.resolve(device, dtype, backend)
         oracle_stage, tokenizer = _load_stage("oracle", oracle, chosen)
-        drafts = [_default(draft, "draft", oracle)] if not isinstance(draft, list | tuple) else list(draft)
+        drafts = [
+            _default(source, "draft", oracle) for source in (draft if isinstance(draft, list | tuple) else [draft])
+        ]
         drafts = [source for source in drafts if source is not None]
         lower: list[Stage] = []
         table = _default(draft2, "draft2", oracle)

@@ -1,5 +1,6 @@
 """One more argument for users of transformers: ``model.generate(ids, custom_generate=staged_generate(draft))``."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,15 @@ _WARPERS = {
     MinPLogitsWarper: "min_p",
 }
 _CRITERIA = {MaxLengthCriteria: "max_length", EosTokenCriteria: "eos_token_id"}
-_UNREAD = ("token_type_ids", "inputs_embeds", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
+_UNREAD = (
+    "streamer",
+    "assistant_model",
+    "token_type_ids",
+    "inputs_embeds",
+    "head_mask",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+)
 
 
 def staged_generate(
@@ -97,6 +106,13 @@ def _refuse_what_is_not_computed(input_ids, logits_processor, stopping_criteria,
             own, wanted = getattr(rule, name), getattr(generation_config, name)
             if _values(own) != _values(wanted):
                 raise ValueError(f"staged_generate takes {name} of generate, {wanted}, not a rule with {own}")
+            if getattr(rule, "min_tokens_to_keep", 1) != 1 or getattr(rule, "filter_value", -math.inf) != -math.inf:
+                raise ValueError(
+                    f"staged_generate applies {name} as generate itself does, not another {type(rule).__name__}"
+                )
+        kinds = [type(rule).__name__ for rule in given or ()]
+        if len({*kinds}) < len(kinds):
+            raise ValueError(f"staged_generate applies each rule once, got {kinds}")
     mask = kwargs.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         raise ValueError("staged_generate takes no padding: attention_mask must be all ones")
@@ -106,6 +122,6 @@ def _refuse_what_is_not_computed(input_ids, logits_processor, stopping_criteria,
     for name in _UNREAD:
         if kwargs.get(name) is not None:
             raise ValueError(f"staged_generate does not read {name}")
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
     if cache is not None and cache.get_seq_length():
         raise ValueError("staged_generate keeps a cache of its own: past_key_values must be empty")

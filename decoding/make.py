@@ -235,9 +235,11 @@ def build_draft2(flags: argparse.Namespace) -> None:
         raise ValueError(f"samples and temperature must be above 0 and finite, got {num_samples} and {temperature}")
     tokenizer = _tokenizer(flags.tokenizer)
     if flags.model is not None:
-        vocab_size = _model(flags.model).config.vocab_size
+        vocab_size = _model(flags.model).config.vocab_size  # all of it is loaded, so that it is known to be whole
         if vocab_size != tokenizer.get_vocab_size():
-            raise ValueError(f"{flags.model} has {vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}")
+            raise ValueError(
+                f"the model in {flags.model} has {vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}"
+            )
     _begin(flags)
     ids = corpus.encode(tokenizer, read_corpus(flags.data, flags.suffix, flags.exclude).train)
     origin = "text"

@@ -58,6 +58,8 @@ class StopStrings:
     def find(self, token_ids: list[int]) -> tuple[int, str] | None:
         """The first stop string in all tokens of the text so far: (number of tokens whose text ends before it, text
         before it)."""
+        if not self._may_stop(self._decode(token_ids)):
+            self._checked = len(token_ids)
         for end in range(self._checked + 1, len(token_ids) + 1):
             text = self._decode(token_ids[:end])
             starts = [start for stop in self._strings if (start := text.find(stop)) >= 0]
@@ -66,6 +68,10 @@ class StopStrings:
                 return self._num_within(token_ids[:end], before), before
         self._checked = len(token_ids)
         return None
+
+    def _may_stop(self, text: str) -> bool:
+        """Whether the first tokens of ``text`` may hold a stop string: half a character is in theirs alone."""
+        return any(stop in text or "\ufffd" in stop for stop in self._strings)
 
     def num_settled(self, token_ids: list[int]) -> int:
         """How many of these tokens, which hold no stop string, no stop string can take away any more."""

@@ -210,7 +210,7 @@ def _prefill_attention(launch: Launch, text_length: int) -> Traffic:
 
 
 def _elementwise(launch: Launch, text_length: int) -> Traffic:
-    """Embedding, routing, moments of rows: a gather of rows through an index, or something like it."""
+    """Embedding, routing: a gather of rows through an index, or something like it."""
     names = ("out_ptr", "tail_slots_ptr", "x_ptr")
     moved = sum(launch.arguments[name].nbytes for name in names if name in launch.arguments)
     return Traffic(3 * moved, 3 * moved, 0, 3 * moved // math.prod(launch.grid), 1, 2)

@@ -38,7 +38,7 @@ from rich.progress import track
 from decoding import StagedDecoder
 from decoding.cli import add_model_flags, load_decoder
 from decoding.compare import DEMO_PROMPTS, HFGenerate, available_methods
-from decoding.config import METHODS
+from decoding.config import METHODS, SamplingConfig, check_seed
 from decoding.decoder import BUNDLED
 from model import weights
 from profiling import machine, memory, peers, prompts
@@ -277,6 +277,8 @@ class Setup(NamedTuple):
 def prepare(flags: argparse.Namespace) -> Setup:
     """Raises ValueError or OSError for what the user can mend."""
     sampling, skipped = sampling_of(flags), {}
+    SamplingConfig(**{name: value for name, value in sampling.items() if name != "seed"})
+    check_seed(flags.seed)
     decoder, systems, load_hf = load_systems(flags, skipped)
     make_prompts, described = prompts_of(flags, decoder)
     prompts.check_length(max(flags.input_len), max(flags.output_len), decoder.oracle.model.config.n_positions)

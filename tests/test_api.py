@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, LogitsProcessorList, StoppingCriteriaList, TextStreamer
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, TopKLogitsWarper
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, TemperatureLogitsWarper, TopKLogitsWarper
 
 from decoding import SpeculationConfig, StagedDecoder, staged_generate
 from decoding.config import METHODS
@@ -62,6 +62,7 @@ BAD = {
     "text for another": ({"ignore_eos": "no"}, "ignore_eos must be True or False, got 'no'"),
     "shape by name": ({"speculation": "tree"}, "speculation must be a SpeculationConfig"),
     "no streamer": ({"streamer": 5}, "streamer must have put and end"),
+    "infinite temperature": ({"temperature": np.float32("inf")}, "temperature must be a number"),
     "temperature beyond floats": ({"temperature": 10**400}, "temperature must be a number"),
 }
 
@@ -110,6 +111,7 @@ def test_what_greedy_decoding_has_no_use_for_is_told(tiny):
         warnings.simplefilter("error")
         tiny.generate([1, 2], max_new_tokens=1, temperature=0, top_k=50)
         tiny.generate([1, 2], max_new_tokens=1, temperature=0.7, do_sample=True)
+        tiny.generate([1, 2], max_new_tokens=1, temperature=np.float32(0.7), do_sample=np.True_)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +401,8 @@ def test_custom_generate_refuses_inputs_that_it_would_ignore(inputs, message):
         ({"logits_processor": [TopKLogitsWarper(1)], "do_sample": True, "top_k": 0}, "takes top_k of generate, 0"),
         ({"stopping_criteria": [MaxLengthCriteria(5)]}, "takes max_length of generate, 7"),
         ({"stopping_criteria": [EosTokenCriteria(9)]}, "takes eos_token_id of generate"),
+        ({"logits_processor": [TemperatureLogitsWarper(0.5)], "do_sample": True, "temperature": 0.5}, "each rule once"),
+        ({"logits_processor": [TopKLogitsWarper(50, -1.0)], "do_sample": True}, "each rule once|not another TopK"),
         ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, "penalty_alpha must be None"),
         ({"num_beams": 2}, "needs num_beams=1, got 2"),
         ({"do_sample": True, "num_return_sequences": 2}, "needs num_return_sequences=1, got 2"),

@@ -197,6 +197,8 @@ def test_a_sampled_run_with_a_peer_that_is_not_installed(stages, tmp_path, monke
         (["--random", "--input-len", "90", "--output-len", "8"], "90 tokens and 8 new ones exceed the context, 96"),
         (["--random", "--method", "staged"], "method 'staged' needs draft2"),
         (["--input-len", "5"], "without a tokenizer"),
+        (["--random", "--do-sample", "--temperature", "-1"], "temperature must be a number"),
+        (["--random", "--seed", "-1"], "seed must be in"),
         (["--random", "--num-iters", "0"], "--num-iters: must be at least 1, got 0"),
         (["--prompts", "nowhere"], "no humaneval/HumanEval.jsonl.gz in nowhere"),
     ],
