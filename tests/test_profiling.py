@@ -139,8 +139,8 @@ def test_the_twins_pass_their_own_check_and_a_wrong_operation_does_not():
     def off_by_little(x, *args, **kwargs):
         return reference.lm_head(x, *args, **kwargs) * 1.001
 
-    def depends_on_its_neighbours(x, *args, **kwargs):
-        return reference.lm_head(x, *args, **kwargs) + 1e-9 * len(x)
+    def depends_on_its_neighbours(x, *args, rows, **kwargs):
+        return reference.lm_head(x, *args, rows=rows, **kwargs) + 1e-9 * len(rows)
 
     wrong = check(calls["lm_head"], SimpleNamespace(lm_head=off_by_little), torch.float32, [0])
     assert not wrong["ok"] and wrong["error"] > 1e-4 and wrong["different_rows"] == []
