@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _with_flags(message: str, flags: argparse.Namespace) -> str:
     """``message`` with the field that it begins with, "top_p must be ...", named as the flag that set it."""
-    field = re.match(r"\w*(?=[ :=])|", message)[0]
+    begins = re.match(r"\w+(?=[ :=])", message)
+    field = begins[0] if begins else ""
     flag = "stop" if field == "stop_strings" else field
     is_flag = flag in vars(flags) and flag not in ("prompt", "prompts", "command", "run")
     return f"--{flag.replace('_', '-')}{message[len(field) :]}" if is_flag else message

@@ -6,6 +6,7 @@ that stay where the operations run; nothing here reads one.
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
@@ -50,7 +51,7 @@ class Lease(NamedTuple):
 Prefill = Callable[[GPT2, list[int], PagedKVCache], None]  # commits tokens to a cache
 
 
-class Stage:
+class Stage(ABC):
     """One model of the chain: what it does, its counters, and how many bytes its passes move."""
 
     name: str
@@ -67,28 +68,31 @@ class Stage:
 
     _pass_bytes = _kv_bytes = _row_bytes = 0  # of each pass, of each pass and token of the text, of each row
 
+    @abstractmethod
     def begin(self, prompt: list[int], tree_capacity: int, prefill: Prefill) -> Lease | None:
         """Forget the last generation and read the prompt; None from a stage without a cache."""
-        raise NotImplementedError
 
     def begin_iteration(self, num_head: int) -> None:
         """The next pass must catch up with ``num_head`` more committed tokens at most, later ones with none."""
+        return  # a table has no cache
 
+    @abstractmethod
     def score(
         self, state: State, index: int, nodes: torch.Tensor, sampling: Sampling, num_children: int, tau: float
     ) -> Scored:
         """One pass as stage ``index`` of the chain; nodes that found no room are left out of the result."""
-        raise NotImplementedError
 
     def extend(self, state: State, config: SpeculationConfig, sampling: Sampling) -> None:
         """All rounds of a table that is the lowest stage: look up the best nodes and insert what it says."""
-        raise NotImplementedError
+        raise TypeError(f"stage {self.name!r} is no table: it scores nodes")
 
     def learn(self, state: State, verdict: Scored, level: int) -> None:
         """Take note of what the stage above stage ``level`` has just drawn."""
+        return  # a GPT-2 does not learn
 
     def end(self) -> None:
         """Give everything back that the generation holds; the counters stay."""
+        return  # a table holds nothing
 
     def take_work(self) -> Work:
         """What was asked of this stage since the last call; it is not counted yet."""

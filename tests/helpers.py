@@ -287,3 +287,18 @@ def assert_same_rows(actual: torch.Tensor, expected: torch.Tensor) -> None:
     rows = (actual != expected).any(1).nonzero().flatten().tolist()
     error = (actual.double() - expected.double()).abs().max()
     raise AssertionError(f"{len(rows)} of {len(actual)} rows differ, first {rows[:8]}, max error {error:.3g}")
+
+
+class Hearing:
+    """A streamer that keeps the tokens after the prompt."""
+
+    def __init__(self):
+        self.tokens, self.ended, self._is_prompt = [], False, True
+
+    def put(self, value):
+        if not self._is_prompt:
+            self.tokens += value.tolist()
+        self._is_prompt = False
+
+    def end(self):
+        self.ended = True

@@ -7,13 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer, LogitsProcessorList, StoppingCriteriaList, TextStreamer
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import AutoTokenizer
 
-from decoding import SpeculationConfig, StagedDecoder, staged_generate
-from decoding.config import METHODS
-from decoding.text import StopStrings, load_tokenizer
+from decoding import SpeculationConfig, StagedDecoder
+from decoding.text import load_tokenizer
 from tests.test_lossless import VOCAB, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -205,80 +202,6 @@ def test_a_draft_with_a_shorter_context_falls_silent(tiny):
         assert out.new_token_ids == tiny.generate([5, 6], max_new_tokens=60, method="baseline").new_token_ids
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_stop_strings_cut_text_tokens_and_statistics(bundled, method):
-    """The text ends before the first stop string, the tokens before the one in which it begins."""
-    prompt = "import os\nimport sys\n\n\ndef main():\n"
-    whole = bundled.generate(prompt, max_new_tokens=48, method="baseline")
-    for stop in {whole.text[20:23], whole.text[9:10], whole.text[30:36]}:
-        out = bundled.generate(prompt, max_new_tokens=48, method=method, stop_strings=["never there", stop])
-        assert out.finish_reason == "stop"
-        assert out.text == whole.text[: whole.text.index(stop)]
-        assert whole.new_token_ids[: len(out.new_token_ids)] == out.new_token_ids
-        assert out.text.startswith(bundled.tokenizer.decode(out.new_token_ids))
-        assert len(out.token_stages) == len(out.new_token_ids)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_stop_strings_that_overlap(bundled, method):
-    """What completes first cuts, however many tokens arrive together; of two completed by one token the earlier one.
-    A streamer hears just the tokens that are returned."""
-    prompt = "import os\nimport sys\n\n\ndef main():\n"
-    whole = bundled.generate(prompt, max_new_tokens=40, method="baseline", seed=3, do_sample=True)
-    for first in range(2, 20, 3):
-        stops = [whole.text[first : first + 12], whole.text[first + 3 : first + 6], whole.text[first + 2 : first + 9]]
-        texts = (bundled.tokenizer.decode(whole.new_token_ids[:n]) for n in range(1, 41))
-        text = next(text for text in texts if any(stop in text for stop in stops))
-        before = text[: min(text.index(stop) for stop in stops if stop in text)]
-        heard = Hearing()
-        given = {"seed": 3, "do_sample": True, "method": method, "streamer": heard, "stop_strings": stops}
-        out = bundled.generate(prompt, max_new_tokens=40, **given)
-        assert out.text == before and out.finish_reason == "stop"
-        assert heard.tokens == out.new_token_ids == whole.new_token_ids[: len(out.new_token_ids)]
-
-
-class Hearing:
-    """A streamer that keeps the tokens after the prompt."""
-
-    def __init__(self):
-        self.tokens, self.ended, self._is_prompt = [], False, True
-
-    def put(self, value):
-        if not self._is_prompt:
-            self.tokens += value.tolist()
-        self._is_prompt = False
-
-    def end(self):
-        self.ended = True
-
-
-def test_a_streamer_hears_all_of_a_text_that_might_have_stopped(bundled):
-    """Its end begins a stop string that never comes: held back, and told when the text is over."""
-    whole = bundled.generate("import os", max_new_tokens=12)
-    heard = Hearing()
-    stops = [whole.text[-3:] + "\0", whole.text[4:9] + "\0"]
-    out = bundled.generate("import os", max_new_tokens=12, stop_strings=stops, streamer=heard)
-    assert out.finish_reason == "length" and heard.ended and heard.tokens == out.new_token_ids == whole.new_token_ids
-
-
-def test_stop_strings_by_hand():
-    """Tokens are letters and the halves of "é": a cut, a string begun, half a character that may complete one."""
-    alphabet = {"a": 0, "b": 1, "c": 2, "Ã": 3, "©": 4, "<end>": 5}
-    tokenizer = Tokenizer(models.BPE(alphabet, []))
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    stops = StopStrings(tokenizer, ("bcb", "aé"))
-    assert stops.find([0, 1]) is None and stops.num_settled([0, 1]) == 1, "b may be the first of bcb"
-    assert stops.find([0, 1, 2]) is None and stops.num_settled([0, 1, 2]) == 1
-    assert stops.find([0, 1, 2, 0]) is None and stops.num_settled([0, 1, 2, 0]) == 3, "a may be the first of aé"
-    assert stops.find([0, 1, 2, 0, 3]) is None and stops.num_settled([0, 1, 2, 0, 3]) == 3, "and so may its half"
-    assert stops.find([0, 1, 2, 0, 3, 4]) == (3, "abc")
-    assert StopStrings(tokenizer, ("cab", "a")).find([2, 0, 1]) == (1, "c"), "a was complete before"
-    assert StopStrings(tokenizer, ("ab", "cab")).find([2, 0, 1]) == (0, ""), "both by the last token"
-    with pytest.raises(ValueError, match="'<end>' is a special token: name it in eos_token_id"):
-        StopStrings(tokenizer, ("a", "<end>"))
-
-
 def test_text_that_utf8_cannot_hold(bundled):
     """What Python makes of bytes that are no UTF-8."""
     with pytest.raises(ValueError, match="prompt must be text that UTF-8 can hold"):
@@ -354,77 +277,6 @@ def test_nan_logits_are_reported(tiny):
     decoder.oracle.model.weights.ln_f_weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="'oracle' produced NaN logits at text length 2"):
         decoder.generate([1, 2], max_new_tokens=4)
-
-
-def test_streamer_gets_prompt_tokens_and_end(bundled, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model" / "bundled" / "oracle")
-    out = bundled.generate("def add(a, b):\n", max_new_tokens=20, streamer=TextStreamer(tokenizer))
-    assert capsys.readouterr().out.rstrip("\n") == ("def add(a, b):\n" + out.text).rstrip("\n")
-
-
-@pytest.mark.parametrize("arguments", [{"do_sample": False}, {"do_sample": True, "top_k": 5}], ids=["greedy", "top-k"])
-def test_custom_generate_of_transformers(arguments):
-    """One more argument to ``generate``: greedy gives the same ids, sampling repeats under ``torch.manual_seed``."""
-    model, ids = tiny_model(0, 2), torch.tensor([[5, 6, 7]])
-    mask, function = torch.ones_like(ids), staged_generate(draft=tiny_model(1, 1))
-
-    def run(**more):
-        torch.manual_seed(0)
-        return model.generate(ids, attention_mask=mask, max_new_tokens=20, pad_token_id=0, **arguments, **more)
-
-    got = run(custom_generate=function)
-    assert torch.equal(got, run(custom_generate=function)) and got.shape == (1, 23)
-    if not arguments["do_sample"]:
-        assert torch.equal(got, run())
-    with pytest.raises(ValueError, match="RepetitionPenalty"):
-        run(custom_generate=function, repetition_penalty=1.5)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({"token_type_ids": torch.tensor([[1, 1, 1]])}, "does not read token_type_ids"),
-        ({"position_ids": torch.tensor([[3, 4, 5]])}, "counts positions from 0"),
-        ({"inputs_embeds": torch.zeros(1, 3, 64)}, "does not read inputs_embeds"),
-    ],
-)
-def test_custom_generate_refuses_inputs_that_it_would_ignore(inputs, message):
-    model, ids = tiny_model(0, 2), torch.tensor([[5, 6, 7]])
-    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "pad_token_id": 0}
-    with pytest.raises(ValueError, match=message):
-        model.generate(ids, custom_generate=staged_generate(), **arguments, **inputs)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"logits_processor": [TopKLogitsWarper(1)], "do_sample": True, "top_k": 0}, "takes top_k of generate, 0"),
-        ({"stopping_criteria": [MaxLengthCriteria(5)]}, "takes max_length of generate, 7"),
-        ({"stopping_criteria": [EosTokenCriteria(9)]}, "takes eos_token_id of generate"),
-        ({"logits_processor": [TemperatureLogitsWarper(0.5)], "do_sample": True, "temperature": 0.5}, "each rule once"),
-        ({"logits_processor": [TopKLogitsWarper(50, -1.0)], "do_sample": True}, "each rule once|not another TopK"),
-        ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, "penalty_alpha must be None"),
-        ({"num_beams": 2}, "needs num_beams=1, got 2"),
-        ({"do_sample": True, "num_return_sequences": 2}, "needs num_return_sequences=1, got 2"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_custom_generate_refuses_rules_that_it_would_ignore(arguments, message):
-    """Rules that transformers makes of the arguments are known; a caller's own of the same kind says something else."""
-    model, ids = tiny_model(0, 2), torch.tensor([[5, 6, 7]])
-    lists = {"logits_processor": LogitsProcessorList, "stopping_criteria": StoppingCriteriaList}
-    arguments = {name: lists[name](value) if name in lists else value for name, value in arguments.items()}
-    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "pad_token_id": 0} | arguments
-    with pytest.raises(ValueError, match=message):
-        model.generate(ids, custom_generate=staged_generate(), **given)
-
-
-def test_custom_generate_streams():
-    """To a streamer of its own: transformers keeps the one of its call to itself."""
-    model, ids, heard = tiny_model(0, 2), torch.tensor([[5, 6, 7]]), Hearing()
-    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "pad_token_id": 0}
-    out = model.generate(ids, custom_generate=staged_generate(streamer=heard), **given)
-    assert heard.tokens == out[0, 3:].tolist() and len(heard.tokens) == 9 and heard.ended
 
 
 def test_a_decoder_may_be_loaded_in_inference_mode():

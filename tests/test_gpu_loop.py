@@ -95,6 +95,14 @@ def test_same_as_the_torch_backend(prompt, method, sampling, decoder):
     assert triton.stats["mean_acceptance_length"] > 1 or method == "baseline"
 
 
+def test_a_tree_of_several_passes(decoder):
+    """More rows than a pass has: what the head picks of the second one has that one's moments."""
+    wide = SpeculationConfig(("draft",), (2,), (12,), (12,), budget=MAX_ROWS + 2, max_depth=2)
+    triton, torch_ = (decoder(backend).generate([5, 17, 40], 2, speculation=wide) for backend in ("triton", "torch"))
+    assert said(triton) == said(torch_)
+    assert triton.stats["stages"]["draft"]["accepted"] and triton.stats["stages"]["oracle"]["passes"] == 2
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_methods_agree(sampling, dtype, decoder):
