@@ -15,7 +15,6 @@ from profiling.shapes import Operation, Shape, operations
 
 ROW_ARGUMENTS = {"tokens", "positions", "sequences", "paths", "slot_mapping"}
 ROW_ARGUMENTS |= {"x", "q", "residual", "tile_maxima", "moments", "rows"}
-LAYER = ("layer_norm_qkv", "tree_attention", "attn_proj", "mlp_fc_gelu", "mlp_proj")
 # ‖result - reference‖ / ‖reference‖ against the twin in float64
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -52,10 +51,10 @@ def bind(call: Call, ops: ModuleType) -> Callable[[], Any]:
     return lambda: function(**arguments)
 
 
-def resolved(call: Call, ops: ModuleType, **replaced: Any) -> dict[str, Any]:
-    """Arguments of ``call`` with inner calls made and some replaced."""
-    arguments = {**call.arguments, **replaced}
-    return {name: bind(value, ops)() if isinstance(value, Call) else value for name, value in arguments.items()}
+def resolved(call: Call, ops: ModuleType) -> dict[str, Any]:
+    """Arguments of ``call`` with inner calls made."""
+    found = call.arguments.items()
+    return {name: bind(value, ops)() if isinstance(value, Call) else value for name, value in found}
 
 
 def run(call: Call, ops: ModuleType) -> torch.Tensor:
