@@ -125,13 +125,13 @@ class KatzStage(Stage):
     """
 
     context = 2**30
-    num_recent, remembers, is_table = 2**14, 8, True  # 1.3 MB
+    num_recent, remembers, is_table = 2**16, 8, True  # 5.5 MB
 
     def __init__(self, name: str, table: SuccessorTable, ops: ModuleType):
         self.name, self.table, self.ops = name, table, ops
         self.vocab_size, self.device = table.vocab_size, table.tokens.device
         self._on_host = SuccessorTable(*(column.cpu() for column in table[:-1]), table.vocab_size)
-        self.recent = ops.new_recent(self.num_recent, self.remembers, self.vocab_size, table.tokens.device)
+        self.recent = ops.new_recent(self.num_recent, self.remembers, table.tokens.device)
         self.in_use = threading.Lock()
         self._row_bytes = table.tokens.shape[1] * 8 + 16
         self._forget()

@@ -25,6 +25,7 @@ MAX_ROWS = 128  # rows of one pass over a tree; a longer pass is a prefill
 MOMENT_PART = 32  # values of a row whose moments are kept together; tiles that leave moments are a multiple of it
 VOCAB_TILE = 64  # logits whose maximum the output head may keep for the sampler
 MAX_CHILDREN = 64  # that a stage ranks for a node
+LONGEST_CONTEXT = 8  # tokens after which draft2 remembers what was drawn; a power of two
 MAX_PROBES = 16  # buckets that a look-up of a successor table may visit; the builder keeps within it
 LEAST_REST = 1e-6  # mass outside a remembered row, where rounding leaves none
 NULL_PAGE = 0  # never handed out, always zero: what a dead lane reads
@@ -167,20 +168,20 @@ class SuccessorTable(NamedTuple):
 
 
 class RecentTable(NamedTuple):
-    """What higher stages drew in this generation after contexts of two tokens, before that what follows these in the
-    prompt; a newer row replaces an older one.
+    """What higher stages drew in this generation after the last 2, 4, ..., LONGEST_CONTEXT tokens, before that what
+    follows two tokens in the prompt; a newer row replaces an older one, and a longer context goes before a shorter one.
 
-    One bucket a context, ``hash_context`` of its key; log-probabilities are those at the generation's temperature, of
-    the prompt's rows at temperature 1. The level of a row is the stage whose scoring it replaces, the one below the
-    stage that drew it, 0 of the prompt's; of two rows for one context the one of the higher level stays.
+    One bucket a context, ``hash_context`` of its key (``kernels.reference.context_keys``); log-probabilities are those
+    at the generation's temperature, of the prompt's rows at temperature 1. The level of a row is the stage whose
+    scoring it replaces, the one below the stage that drew it, 0 of the prompt's; of two rows for one context the one of
+    the higher level stays.
     """
 
-    keys: torch.Tensor  # int64 [buckets], a power of two; previous * vocab_size + last, -1 empty
+    keys: torch.Tensor  # int64 [buckets], a power of two; -1 empty
     tokens: torch.Tensor  # int32 [buckets, m]
     log_probs: torch.Tensor  # float32 [buckets, m], -inf padding
     log_rest: torch.Tensor  # float32 [buckets]
     levels: torch.Tensor  # int32 [buckets]
-    vocab_size: int
 
 
 class Sampling(NamedTuple):

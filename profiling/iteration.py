@@ -19,7 +19,7 @@ ROUNDS = 4, 6  # of draft2, and nodes of one
 STAGES = 3
 POSITIONS = 1024
 PROMPT = 16
-RECENT_BUCKETS, RECENT_WIDTH = 4096, 8
+RECENT_BUCKETS, RECENT_WIDTH = 65536, 8
 TABLE_BUCKETS, TABLE_ROWS, TABLE_WIDTH = 1 << 17, 1 << 16, 16
 
 
@@ -75,7 +75,7 @@ def iteration(vocab: int, device: torch.device | str, ops: ModuleType = gpu, wid
     """The calls on ``device``, each on ``width`` nodes; on "meta" make them inside ``record``."""
     live, (tree, progress, chain) = packed(state(vocab), device)
     saved = live.clone()
-    recent = ops.new_recent(RECENT_BUCKETS, RECENT_WIDTH, vocab, device)
+    recent = ops.new_recent(RECENT_BUCKETS, RECENT_WIDTH, device)
     leaves = torch.arange(NODES - width, NODES, dtype=torch.int32).to(device)
     rows = torch.arange(width, dtype=torch.int32).to(device)
     wanted = [i + 1 if i < ACCEPTED else NODES for i in range(width)]  # along the chain, then what no node holds

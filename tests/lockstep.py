@@ -90,7 +90,7 @@ class Lockstep:
             gpu.new_progress(*progress, DEVICE),
             gpu.new_chain(*chain, DEVICE),
         )
-        self.recent = reference.new_recent(16, 3, shape.vocab_size), gpu.new_recent(16, 3, shape.vocab_size, DEVICE)
+        self.recent = reference.new_recent(16, 3), gpu.new_recent(16, 3, DEVICE)
         ids = self.rng.integers(shape.vocab_size, size=60 * shape.vocab_size)
         table = KatzTrigram(ids, shape.vocab_size).bake(num_contexts=9, m=5)
         self.table = table, moved(table, DEVICE)

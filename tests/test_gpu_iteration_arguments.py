@@ -10,7 +10,7 @@ from kernels.gpu.launch import architecture, record
 from kernels.layout import MAX_STAGES, Tree
 from tests.interpreter import DEVICE
 from tests.laws import GREEDY
-from tests.lockstep import SHAPES, VOCAB, Lockstep, int32
+from tests.lockstep import SHAPES, Lockstep, int32
 
 pytestmark = pytest.mark.usefixtures("hostile_scratch")
 
@@ -26,7 +26,7 @@ def arguments(op: str) -> dict:
         "children": torch.zeros(2, 3, dtype=torch.int32, device=DEVICE),
         "scores": torch.zeros(2, 3, device=DEVICE),
     }
-    given |= {"recent": gpu.new_recent(16, 3, VOCAB, DEVICE), "log_probs": given["scores"], "levels": nodes.clone()}
+    given |= {"recent": gpu.new_recent(16, 3, DEVICE), "log_probs": given["scores"], "levels": nodes.clone()}
     names = {
         "select_nodes": "tree stage width max_depth",
         "insert_children": "tree stage nodes children scores max_depth levels",

@@ -19,6 +19,7 @@ from tests.worked_iteration import (
     home,
     insert,
     int32,
+    key_of,
     moved,
 )
 
@@ -102,7 +103,7 @@ def recall(recent, table, text: list[int], ops) -> tuple[list[int], list[float]]
 
 def test_what_is_remembered_comes_before_the_table(table, ops):
     """The two best children of a context; what is left of the mass competes with them. A newer row replaces it."""
-    recent = ops.new_recent(2**10, 2, SIZE, home(ops))
+    recent = ops.new_recent(2**10, 2, home(ops))
     assert recall(recent, table, [1, 2], ops) == ([0, 3], [0.5, 0.25])
     remember(recent, [1, 2], [0, 1], [[3, 1, 0], [0, 1, 2]], [[0.6, 0.3, 0.1], [0.2, 0.2, 0.2]], ops)
     assert recall(recent, table, [1, 2], ops) == ([3, 1], pytest.approx([0.6, 0.3]))
@@ -115,7 +116,7 @@ def test_what_is_remembered_comes_before_the_table(table, ops):
 
 def test_what_is_not_remembered(table, ops):
     """A context of one token, a node without a possible child, and one with NaN."""
-    recent = ops.new_recent(16, 2, SIZE, home(ops))
+    recent = ops.new_recent(16, 2, home(ops))
     for text in ([2], [3]):
         remember(recent, text, [0], [[1, 2, 0]], [[0.6, 0.3, 0.1]], ops)
     remember(recent, [1, 2], [0, 3], [[1, 2, 0]] * 2, [[0.0] * 3, [math.nan] * 3], ops)
@@ -124,9 +125,9 @@ def test_what_is_not_remembered(table, ops):
 
 
 def test_the_later_of_two_nodes_in_a_bucket_is_remembered(table, ops):
-    recent = ops.new_recent(1, 2, SIZE, home(ops))
+    recent = ops.new_recent(1, 2, home(ops))
     remember(recent, [1, 2], [0, 1, 2], [[1, 2, 0], [3, 1, 0], [0, 3, 1]], [[0.6, 0.3, 0.1]] * 3, ops)
-    assert recent.keys.tolist() == [2 * SIZE + 2] and recent.tokens.tolist() == [[0, 3]]
+    assert recent.keys.tolist() == [key_of(2, 2)] and recent.tokens.tolist() == [[0, 3]]
     assert recall(recent, table, [2, 2], ops) == ([0, 3], pytest.approx([0.6, 0.3]))
     assert recall(recent, table, [1, 2], ops) == ([0, 3], [0.5, 0.25])
 
@@ -134,7 +135,7 @@ def test_the_later_of_two_nodes_in_a_bucket_is_remembered(table, ops):
 def test_a_row_of_a_higher_level_stays_for_its_context(table, ops):
     """What the oracle drew outlives what a draft draws there; the level comes with the answer, and a draft need not
     score the node."""
-    recent = ops.new_recent(1, 2, SIZE, home(ops))
+    recent = ops.new_recent(1, 2, home(ops))
     remember(recent, [1, 2], [0], [[3, 1, 0]], [[0.6, 0.3, 0.1]], ops, level=1)
     remember(recent, [1, 2], [0], [[0, 2, 1]], [[0.9, 0.1, 0.0]], ops, level=0)
     assert recall(recent, table, [1, 2], ops) == ([3, 1], pytest.approx([0.6, 0.3]))
@@ -151,13 +152,53 @@ def test_a_row_of_a_higher_level_stays_for_its_context(table, ops):
     assert recall(recent, table, [2, 1], ops)[0] == [0, 1], "another context in the same bucket"
 
 
+@pytest.mark.parametrize(("shared", "apart"), [(2, 2), (4, 4), (3, 1), (7, 1), (5, 3)])
+def test_the_longest_context_that_was_seen_answers(shared, apart, table, ops):
+    """Two texts with the same ``shared`` last tokens and others before: each has its own answer, a third text has the
+    newer of theirs, for it knows both by a shorter context alone."""
+    recent, end = ops.new_recent(2**10, 2, home(ops)), [1, 2, 3, 3, 0, 1, 2][-shared:]
+    first, second, third = ([token] * apart + end for token in (0, 1, 2))
+    remember(recent, first, [0], [[3, 1, 0]], [[0.6, 0.3, 0.1]], ops, level=1)
+    remember(recent, second, [0], [[0, 2, 1]], [[0.5, 0.3, 0.2]], ops, level=1)
+    assert recall(recent, table, first, ops) == ([3, 1], pytest.approx([0.6, 0.3]))
+    assert recall(recent, table, second, ops) == ([0, 2], pytest.approx([0.5, 0.3]))
+    assert recall(recent, table, third, ops) == ([0, 2], pytest.approx([0.5, 0.3]))
+
+
+@pytest.mark.parametrize("committed", [3, 14, 18])
+def test_a_context_is_the_same_in_the_tree_and_in_the_text(committed, ops):
+    """However the tokens are shared out: ``learn`` makes the keys of 2, 4 and 8 tokens, as many as there are, and a row
+    under one of them answers at its node and at no other."""
+    size, text = 32, list(range(20))
+    tree, nodes = reference.new_tree(32, root=text[committed - 1]), range(21 - committed)
+    for depth, token in enumerate(text[committed:]):
+        insert(tree, TABLE, depth, {token: -1.0})
+    tree = moved(tree, ops)
+    progress = moved(reference.new_progress(text[:committed], 40, 24, [99, 99], ()), ops)
+    table = KatzTrigram(np.zeros(8, np.int64), size).bake(0, 1)
+    table = moved(table._replace(tokens=torch.full_like(table.tokens, 30)), ops)
+    for node in {0, nodes[-1] // 2, nodes[-1]}:
+        count, recent = committed + node, ops.new_recent(2**8, 1, home(ops))
+        drawn = int32([7], ops=ops), torch.full((1, 1), -0.1, device=home(ops))
+        ops.learn(recent, tree, int32(node, ops=ops), progress, *drawn, 1)
+        keys = [key_of(*text[count - length : count]) for length in (2, 4, 8) if length <= count]
+        assert sorted(recent.keys[recent.keys >= 0].tolist()) == sorted(keys)
+        for key in keys:
+            recent = ops.new_recent(2**8, 1, home(ops))
+            bucket = int(hash_context(torch.tensor(key), 2**8))
+            recent.keys[bucket], recent.tokens[bucket], recent.log_probs[bucket] = key, 31, -0.1
+            every = torch.tensor(nodes, dtype=torch.int32, device=home(ops))
+            children, *_ = ops.lookup_nodes(table, tree, every, progress, GREEDY, 1, 1.0, recent)
+            assert children.flatten().tolist() == [31 if other == node else 30 for other in nodes]
+
+
 @pytest.mark.parametrize(
     "sampling", [GREEDY, SamplingConfig(True, 0.7, 0).with_seed(2**40 + 3)], ids=["greedy", "sampled"]
 )
 @pytest.mark.parametrize(("rounds", "width", "depth"), [(1, 1, 8), (3, 2, 8), (4, 6, 8), (4, 8, 2)])
 def test_rounds_of_a_table_are_its_steps(sampling, rounds, width, depth, table, ops):
     """Select, look up, insert, so many times: the same tree, within the depth that stage and oracle may reach."""
-    recent = ops.new_recent(2**10, 2, SIZE, home(ops))
+    recent = ops.new_recent(2**10, 2, home(ops))
     remember(recent, [1, 2], [0, 1], [[3, 1, 0], [0, 1, 2]], [[0.6, 0.3, 0.1], [0.2, 0.2, 0.2]], ops, level=1)
     (together, progress), (apart, _) = root_of([1, 2], ops, depth), root_of([1, 2], ops, depth)
     sampling = sampling.to(home(ops))
@@ -181,10 +222,11 @@ def test_rounds_grow_the_twins_tree(seed):
     width, reach = (1, 3, 8)[seed % 3], (12, 3, -1, 0)[seed % 4]
     capacity, num_nodes, num_children = (int(rng.choice(values)) for values in ((5, 16, 64), (1, 3, 6, 11), (1, 2, 4)))
     table = KatzTrigram(rng.integers(0, size, 600), size).bake(int(rng.choice([0, 100])), width)
-    recent = reference.new_recent(512, 2, size)
-    for key in rng.integers(0, size * size, 100):
+    recent = reference.new_recent(512, 2)
+    for context in rng.integers(0, size, (100, 2)):
+        key = key_of(*context)
         bucket = int(hash_context(torch.tensor(key), 512))
-        recent.keys[bucket], recent.levels[bucket] = int(key), int(rng.integers(2))
+        recent.keys[bucket], recent.levels[bucket] = key, int(rng.integers(2))
         recent.tokens[bucket] = torch.from_numpy(rng.permutation(size)[:2])
         recent.log_probs[bucket], recent.log_rest[bucket] = torch.tensor([-0.7, -1.2]), -1.6
     sampling = SamplingConfig(True, 0.7, 0).with_seed(seed) if seed % 2 else GREEDY
@@ -221,7 +263,7 @@ def test_a_probe_goes_on_at_the_first_bucket(ops):
 
 def test_buckets_that_are_no_power_of_two_are_refused():
     device = home(gpu)
-    table, tree = gpu.new_recent(12, 2, 97, device), gpu.new_tree(16, device, root=1)
+    table, tree = gpu.new_recent(12, 2, device), gpu.new_tree(16, device, root=1)
     progress = gpu.new_progress([1, 2], 9, 4, [9], (), device)
     nodes, children = (torch.zeros(*size, dtype=torch.int32, device=device) for size in ((1,), (1, 2)))
     with pytest.raises(ValueError, match="keys must have a power of two of buckets, got 12"):
@@ -235,7 +277,7 @@ def on_host(table: SuccessorTable) -> SuccessorTable:
 def test_what_follows_in_the_prompt_comes_before_the_table(table, ops):
     """1 2 is followed by 3, 0, 3: three quarters of the mass, the last one is the baked row's. 2 3 is followed by 1
     once, at the end by nothing. What a stage draws replaces it."""
-    recent = ops.new_recent(2**10, 2, SIZE, home(ops))
+    recent = ops.new_recent(2**10, 2, home(ops))
     ops.learn_text(recent, on_host(table), [1, 2, 3, 1, 2, 0, 1, 2, 3])
     assert recall(recent, table, [1, 2], ops) == ([3, 0], pytest.approx([2 / 4 + 1 / 16, 1 / 4 + 1 / 8]))
     assert recall(recent, table, [2, 3], ops) == ([1, 3], pytest.approx([1 / 2, 1 / 4]))
@@ -246,7 +288,7 @@ def test_what_follows_in_the_prompt_comes_before_the_table(table, ops):
 
 @pytest.mark.parametrize("text", [[], [1], [1, 2]])
 def test_a_prompt_of_two_tokens_teaches_nothing(text, table, ops):
-    recent = ops.new_recent(16, 2, SIZE, home(ops))
+    recent = ops.new_recent(16, 2, home(ops))
     ops.learn_text(recent, on_host(table), text)
     assert (recent.keys == -1).all()
 
@@ -261,12 +303,12 @@ def test_rows_of_a_prompt_by_counting(num_buckets):
     masses = torch.rand(size, 5).softmax(-1)
     keys = torch.full((8,), -1, dtype=torch.int64)
     table = SuccessorTable(keys, keys.int(), torch.from_numpy(tokens), masses[:, :4].log(), masses[:, 4].log(), size)
-    recent = reference.new_recent(num_buckets, width, size)
+    recent = reference.new_recent(num_buckets, width)
     reference.learn_text(recent, table, text)
     counts, owner = {}, {}
     for previous, last, following in zip(text, text[1:], text[2:], strict=False):
         counts.setdefault((previous, last), []).append(following)
-        owner[int(hash_context(torch.tensor(previous * size + last), num_buckets))] = previous, last
+        owner[int(hash_context(torch.tensor(key_of(previous, last)), num_buckets))] = previous, last
     assert (recent.keys >= 0).nonzero().flatten().tolist() == sorted(owner)
     for bucket, context in owner.items():
         seen = counts[context]
@@ -277,7 +319,7 @@ def test_rows_of_a_prompt_by_counting(num_buckets):
             law[token] += 1 / (len(seen) + 1)
         best = sorted(law.values(), reverse=True)[:width]
         found = recent.log_probs[bucket].exp().tolist()
-        assert recent.keys[bucket] == context[0] * size + context[1] and recent.levels[bucket] == 0
+        assert recent.keys[bucket] == key_of(*context) and recent.levels[bucket] == 0
         assert found == pytest.approx(best, rel=1e-5)
         assert [law[token] for token in recent.tokens[bucket].tolist()] == pytest.approx(best, rel=1e-5)
         assert len(set(recent.tokens[bucket].tolist())) == width

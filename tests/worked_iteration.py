@@ -24,6 +24,12 @@ CAPACITY, CONTEXT = 16, 16
 TABLE, DRAFT, ORACLE = 0, 1, 2
 
 
+def key_of(*tokens: int) -> int:
+    """The key of a context among what is remembered, its last token last."""
+    weighted = ((int(token) + 1) * 0x9E3779B97F4A7C15**back for back, token in enumerate(reversed(tokens)))
+    return sum(weighted) % 2**63
+
+
 def int32(*values, ops: ModuleType = reference) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=home(ops))
 

@@ -6,16 +6,17 @@ import triton.language as tl
 
 from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch, require
-from kernels.gpu.lookup import hash_context, require_recent, token_before
-from kernels.gpu.tree import require_progress, require_tree
-from kernels.layout import LEAST_REST, Progress, RecentTable, Tree
+from kernels.gpu.lookup import MULTIPLIER, POSITIVE, hash_context, require_recent, token_before
+from kernels.gpu.tree import PATH, require_progress, require_tree
+from kernels.layout import LEAST_REST, LONGEST_CONTEXT, Progress, RecentTable, Tree
 
 
 @triton.jit(do_not_specialize=["num_recent", "level"])
 def _learn_kernel(
     nodes_ptr,  # int32 [W], -1 = none
     tree_tokens_ptr,  # int32 [M]
-    parents_ptr,  # int32 [M]
+    depths_ptr,  # int32 [M]
+    paths_ptr,  # int32 [M, PATH]
     text_ptr,  # int32 [any]
     length_ptr,  # int32 [1]
     children_ptr,  # int32 [W, CHILDREN]
@@ -27,7 +28,8 @@ def _learn_kernel(
     recent_levels_ptr,  # int32 [recent]
     num_recent,  # a power of two
     level,
-    V: tl.constexpr,
+    PATH: tl.constexpr,
+    LONGEST: tl.constexpr,
     W: tl.constexpr,
     CHILDREN: tl.constexpr,
     RECENT_WIDTH: tl.constexpr,
@@ -35,32 +37,41 @@ def _learn_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (1,): all nodes; of those that fall into one bucket the last one writes, unless a better row is there."""
+    """Grid (1,): all nodes after 2, 4, ... tokens; of those that fall into one bucket the last one writes, unless a
+    better row is there."""
     wait_for_previous()
     w = tl.arange(0, BLOCK_W)
     node = tl.load(nodes_ptr + w, mask=w < W, other=-1)
-    live = node >= 0
-    previous = token_before(node, live, tree_tokens_ptr, parents_ptr, text_ptr, tl.load(length_ptr))
-    key = previous * V + tl.load(tree_tokens_ptr + node, mask=live, other=0)
+    exists = node >= 0
+    length = tl.load(length_ptr)
+    depth = tl.load(depths_ptr + node, mask=exists, other=0)
     lane = tl.arange(0, BLOCK)[None, :]
-    has = live[:, None] & (lane < CHILDREN) & (lane < RECENT_WIDTH)
+    has = exists[:, None] & (lane < CHILDREN) & (lane < RECENT_WIDTH)
     token = tl.load(children_ptr + w[:, None] * CHILDREN + lane, mask=has, other=0)
     log_prob = tl.load(log_probs_ptr + w[:, None] * CHILDREN + lane, mask=has, other=float("-inf"))
-    live = live & (previous >= 0) & (tl.max((log_prob > float("-inf")).to(tl.int32), 1) > 0)
-    slot = hash_context(key, num_recent)
-    held = live & (tl.load(recent_keys_ptr + slot, mask=live, other=-1) == key)
-    live = live & ~(held & (tl.load(recent_levels_ptr + slot, mask=live, other=0) > level))
-    slot = tl.where(live, slot, -1)
-    later = (slot[:, None] == slot[None, :]) & (w[:, None] < w[None, :])
-    live = live & (tl.max(later.to(tl.int32), 1) == 0)
-    rest = tl.maximum(1.0 - tl.sum(tl.exp(log_prob), 1), LEAST_REST)
-    tl.debug_barrier()  # what is in a bucket has been read
-    target = slot[:, None] * RECENT_WIDTH + lane
-    tl.store(recent_keys_ptr + slot, key, mask=live)
-    tl.store(recent_log_rest_ptr + slot, tl.log(rest), mask=live)
-    tl.store(recent_levels_ptr + slot, tl.full((BLOCK_W,), level, tl.int32), mask=live)
-    tl.store(recent_tokens_ptr + target, token, mask=has & live[:, None])
-    tl.store(recent_log_probs_ptr + target, log_prob, mask=live[:, None] & (lane < RECENT_WIDTH))
+    rest = tl.log(tl.maximum(1.0 - tl.sum(tl.exp(log_prob), 1), LEAST_REST))
+    exists = exists & (tl.max((log_prob > float("-inf")).to(tl.int32), 1) > 0)
+    key, power = tl.zeros((BLOCK_W,), tl.int64), tl.full((1,), 1, tl.int64)
+    for back in tl.static_range(LONGEST):
+        before = token_before(back, node, exists, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH)
+        key += (before + 1) * power
+        power *= MULTIPLIER
+        if back > 0 and (back & (back + 1)) == 0:
+            live = exists & (length + depth > back)
+            slot = hash_context(key & POSITIVE, num_recent)
+            held = live & (tl.load(recent_keys_ptr + slot, mask=live, other=-1) == (key & POSITIVE))
+            live = live & ~(held & (tl.load(recent_levels_ptr + slot, mask=live, other=0) > level))
+            slot = tl.where(live, slot, -1)
+            later = (slot[:, None] == slot[None, :]) & (w[:, None] < w[None, :])
+            live = live & (tl.max(later.to(tl.int32), 1) == 0)
+            tl.debug_barrier()  # what is in a bucket has been read
+            target = slot[:, None] * RECENT_WIDTH + lane
+            tl.store(recent_keys_ptr + slot, key & POSITIVE, mask=live)
+            tl.store(recent_log_rest_ptr + slot, rest, mask=live)
+            tl.store(recent_levels_ptr + slot, tl.full((BLOCK_W,), level, tl.int32), mask=live)
+            tl.store(recent_tokens_ptr + target, token, mask=has & live[:, None])
+            tl.store(recent_log_probs_ptr + target, log_prob, mask=live[:, None] & (lane < RECENT_WIDTH))
+            tl.debug_barrier()
 
 
 def learn(
@@ -86,7 +97,8 @@ def learn(
         {
             "nodes_ptr": nodes,
             "tree_tokens_ptr": tree.tokens,
-            "parents_ptr": tree.parents,
+            "depths_ptr": tree.depths,
+            "paths_ptr": tree.paths,
             "text_ptr": progress.text,
             "length_ptr": progress.length,
             "children_ptr": children,
@@ -100,7 +112,8 @@ def learn(
             "level": level,
         },
         {
-            "V": recent.vocab_size,
+            "PATH": PATH,
+            "LONGEST": LONGEST_CONTEXT,
             "W": len(nodes),
             "CHILDREN": children.shape[1],
             "RECENT_WIDTH": width,

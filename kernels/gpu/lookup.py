@@ -1,7 +1,7 @@
 """draft² on the device: the contexts of nodes are hashed, probed and turned into children in one launch.
 
-Beside the baked table stands a small one that every pass of a stage above refills (``kernels.gpu.learn``); a context
-found there is answered from there.
+Beside the baked table stands a small one that every pass of a stage above refills (``kernels.gpu.learn``); a node is
+answered from there where the last tokens are found in it, of several contexts from the longest.
 """
 
 import torch
@@ -11,22 +11,26 @@ import triton.language as tl
 from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch, require
 from kernels.gpu.noise import gumbel, load_seed, philox_word
-from kernels.gpu.tree import require_progress, require_tree
-from kernels.layout import MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
+from kernels.gpu.tree import PATH, require_progress, require_tree
+from kernels.layout import LONGEST_CONTEXT, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
+
+MULTIPLIER = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)  # as kernels.reference.contexts has it
+POSITIVE = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
 def hash_context(key, num_buckets):
     """First bucket of an int64 key, ``hash_context`` of kernels.reference."""
-    return (key * -7046029254386353131 >> 32) & (num_buckets - 1)
+    return (key * MULTIPLIER >> 32) & (num_buckets - 1)
 
 
 @triton.jit
-def token_before(node, live, tree_tokens_ptr, parents_ptr, text_ptr, length):
-    """The token before each live node's own, in the tree or in the text: int64, -1 where there is none."""
-    parent = tl.load(parents_ptr + node, mask=live, other=-1)
-    before_root = tl.load(text_ptr + length - 2, mask=length > 1, other=-1)
-    return tl.load(tree_tokens_ptr + parent, mask=live & (parent >= 0), other=before_root).to(tl.int64)
+def token_before(back, node, live, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH: tl.constexpr):
+    """The token ``back`` places before each live node's own, in the tree or in the text: int64, 0 where none is."""
+    at = depth - back
+    member = tl.load(paths_ptr + node * PATH + at, mask=live & (at >= 0), other=0)
+    in_text = tl.load(text_ptr + length - 1 + at, mask=live & (at < 0) & (length + at > 0), other=0)
+    return tl.load(tree_tokens_ptr + member, mask=live & (at >= 0), other=in_text).to(tl.int64)
 
 
 @triton.jit
@@ -35,7 +39,7 @@ def answer(
     exists_w,
     nodes_ptr,
     tree_tokens_ptr,
-    parents_ptr,
+    paths_ptr,
     depths_ptr,
     text_ptr,
     length_ptr,
@@ -57,6 +61,8 @@ def answer(
     tau,
     num_buckets,
     num_recent,
+    PATH: tl.constexpr,
+    LONGEST: tl.constexpr,
     V: tl.constexpr,
     WIDTH: tl.constexpr,
     RECENT_WIDTH: tl.constexpr,
@@ -69,10 +75,11 @@ def answer(
     node = tl.load(nodes_ptr + w, mask=exists_w, other=-1)
     live = node >= 0
     length = tl.load(length_ptr)
+    depth = tl.load(depths_ptr + node, mask=live, other=0)
     last = tl.load(tree_tokens_ptr + node, mask=live, other=0).to(tl.int64)
-    previous = token_before(node, live, tree_tokens_ptr, parents_ptr, text_ptr, length)
+    previous = token_before(1, node, live, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH)
     key = previous * V + last
-    known = live & (previous >= 0)
+    known = live & (length + depth > 1)
     offs = tl.arange(0, PROBES)[None, :]
     bucket = (hash_context(key, num_buckets)[:, None] + offs) & (num_buckets - 1)
     hit = (tl.load(keys_ptr + bucket, mask=known[:, None], other=-1) == key[:, None]) & known[:, None]
@@ -88,8 +95,19 @@ def answer(
     rest = tl.load(log_rest_ptr + row, mask=live, other=0.0) / temperature
     level = tl.zeros_like(node)
     if recent_keys_ptr is not None:
-        slot = hash_context(key, num_recent)
-        is_recent = (tl.load(recent_keys_ptr + slot, mask=known, other=-1) == key) & known
+        slot = tl.zeros_like(key)
+        is_recent = node < -1
+        key, power = tl.zeros_like(key), tl.full((1,), 1, tl.int64)
+        for back in tl.static_range(LONGEST):
+            before = token_before(back, node, live, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH)
+            key += (before + 1) * power
+            power *= MULTIPLIER
+            if back > 0 and (back & (back + 1)) == 0:  # 2, 4, ... tokens; of those that are found the most count
+                known = live & (length + depth > back)
+                there = hash_context(key & POSITIVE, num_recent)
+                is_there = known & (tl.load(recent_keys_ptr + there, mask=known, other=-1) == (key & POSITIVE))
+                slot = tl.where(is_there, there, slot)
+                is_recent |= is_there
         has = lane < (RECENT_WIDTH if RECENT_WIDTH < WIDTH else WIDTH)  # a row is no wider than the table's own
         use = is_recent[:, None] & has
         place = slot[:, None] * RECENT_WIDTH + lane
@@ -100,8 +118,7 @@ def answer(
         level = tl.load(recent_levels_ptr + slot, mask=is_recent, other=0)
     tl.store(levels_ptr + w, level, mask=exists_w)
     if NOISE:
-        position = length + tl.load(depths_ptr + node, mask=live, other=0)
-        score = score + gumbel(philox_word(load_seed(seed_ptr), token, position[:, None]))
+        score = score + gumbel(philox_word(load_seed(seed_ptr), token, (length + depth)[:, None]))
     score = tl.where(exists, score, float("-inf")) / tau
     rest = rest / tau
     largest = tl.maximum(tl.max(score, 1), rest)
@@ -119,7 +136,7 @@ def answer(
 def _lookup_kernel(
     nodes_ptr,  # int32 [W], -1 = none
     tree_tokens_ptr,  # int32 [M]
-    parents_ptr,  # int32 [M]
+    paths_ptr,  # int32 [M, PATH]
     depths_ptr,  # int32 [M]
     text_ptr,  # int32 [any]
     length_ptr,  # int32 [1]
@@ -129,7 +146,7 @@ def _lookup_kernel(
     tokens_ptr,  # int32 [rows, WIDTH]
     log_probs_ptr,  # float32 [rows, WIDTH]
     log_rest_ptr,  # float32 [rows]
-    recent_keys_ptr,  # int64 [recent] or None
+    recent_keys_ptr,  # int64 [recent], -1 empty, or None
     recent_tokens_ptr,  # int32 [recent, RECENT_WIDTH] or None
     recent_log_probs_ptr,  # float32 [recent, RECENT_WIDTH] or None
     recent_log_rest_ptr,  # float32 [recent] or None
@@ -141,6 +158,8 @@ def _lookup_kernel(
     tau,
     num_buckets,  # a power of two
     num_recent,  # a power of two
+    PATH: tl.constexpr,
+    LONGEST: tl.constexpr,
     V: tl.constexpr,
     WIDTH: tl.constexpr,
     RECENT_WIDTH: tl.constexpr,
@@ -157,7 +176,7 @@ def _lookup_kernel(
         w >= 0,
         nodes_ptr,
         tree_tokens_ptr,
-        parents_ptr,
+        paths_ptr,
         depths_ptr,
         text_ptr,
         length_ptr,
@@ -179,6 +198,8 @@ def _lookup_kernel(
         tau,
         num_buckets,
         num_recent,
+        PATH,
+        LONGEST,
         V,
         WIDTH,
         RECENT_WIDTH,
@@ -231,7 +252,7 @@ def prepare(
     require("tokens", table.tokens, (None, None), torch.int32, device)
     require("log_probs", table.log_probs, tuple(table.tokens.shape), torch.float32, device)
     require("log_rest", table.log_rest, (len(table.tokens),), torch.float32, device)
-    keys, tokens, log_probs, log_rest, known, _ = recent or (None,) * 6
+    keys, tokens, log_probs, log_rest, known = recent or (None,) * 5
     recent_width = 0 if recent is None else require_recent(recent, device)
     num_children = min(num_children, width)
     children = torch.empty(num_nodes, num_children, dtype=torch.int32, device=device)
@@ -252,7 +273,7 @@ def prepare(
         "recent_log_rest_ptr": log_rest,
         "recent_levels_ptr": known,
         "tree_tokens_ptr": tree.tokens,
-        "parents_ptr": tree.parents,
+        "paths_ptr": tree.paths,
         "depths_ptr": tree.depths,
         "children_ptr": children,
         "scores_ptr": scores,
@@ -263,6 +284,8 @@ def prepare(
         "num_recent": 1 if recent is None else len(keys),
     }
     constants = {
+        "PATH": PATH,
+        "LONGEST": LONGEST_CONTEXT,
         "V": table.vocab_size,
         "WIDTH": width,
         "RECENT_WIDTH": recent_width,

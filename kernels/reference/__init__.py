@@ -2,6 +2,7 @@
 and hosts use alone (noise, hashes, the walk of verification), which the Triton backend has inside its kernels."""
 
 from kernels.reference.attention import tree_attention
+from kernels.reference.contexts import hash_context
 from kernels.reference.linear import (
     cheap_rows,
     layer_norm_linear,
@@ -11,10 +12,11 @@ from kernels.reference.linear import (
     new_tile_maxima,
     pad_rows,
 )
-from kernels.reference.lookup import extend_tree, hash_context, learn, learn_text, lookup, lookup_nodes, new_recent
+from kernels.reference.lookup import extend_tree, lookup, lookup_nodes
 from kernels.reference.matrices import packed
 from kernels.reference.moments import new_moments
 from kernels.reference.noise import gumbel_noise, philox, seed_number
+from kernels.reference.recent import learn, learn_text, new_recent
 from kernels.reference.route import PREFILL_ROWS, TREE_SHAPE, embed, path_slots, route
 from kernels.reference.rows import stage_rows
 from kernels.reference.sampling import draw
