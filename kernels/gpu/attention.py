@@ -17,7 +17,7 @@ import triton.language as tl
 
 from kernels.gpu.arrival import arrive
 from kernels.gpu.config import AttentionTiles, attention_tiles
-from kernels.gpu.early import wait_for_previous
+from kernels.gpu.early import prefetch_lines, starts_early, wait_for_previous
 from kernels.gpu.launch import architecture, arrivals, cdiv, is_amd, launch
 from kernels.gpu.route import Route
 from kernels.layout import DEPTH_LIMIT, TAIL_ALIGNMENT, TAIL_LANES
@@ -131,7 +131,49 @@ def _leave(mixed_ptr, maxima_ptr, sums_ptr, state, mask_row, maximum, total, mix
     tl.store(mixed_ptr + state[:, None] * D + tl.arange(0, D)[None, :], mixed, mask=mask_row[:, None])
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sequences", "stride_table", "scale"])
+@triton.jit
+def _prefetch_keys(
+    k_head_ptr,
+    v_head_ptr,
+    page_table_ptr,
+    sequences_ptr,
+    positions_ptr,
+    tail_slots_ptr,
+    first,  # row of the block, or of the tails
+    num_slots,
+    stride_table,
+    part,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """Ask for the keys and values of a part's first window, or of a row's tail, in the L2 cache, before the wait.
+
+    Where they lie was written at least two launches ago in a pass, and so has been by rules 2 and 3 of
+    ``kernels.gpu.early``; slots of a ``route`` that comes right before may still be anything. What the launch before is
+    about to write, the newest rows, is asked for in vain.
+    """
+    sequence = tl.load(sequences_ptr + first, cache_modifier=".cg")
+    position = tl.load(positions_ptr + first, cache_modifier=".cg")
+    end = tl.maximum(position - DEPTH, 0) // ALIGNMENT * ALIGNMENT
+    lane = tl.arange(0, WINDOW)
+    place, of_tail = part * WINDOW + lane, part >= PARTS
+    page_ptr = page_table_ptr + sequence * stride_table + place // PAGE_SIZE
+    found_ptr = tl.where(of_tail, tail_slots_ptr + first * LANES + lane, page_ptr)
+    exists = tl.where(of_tail, lane < LANES, place < end)
+    found = tl.load(found_ptr, mask=exists, other=0, cache_modifier=".cg")
+    slot = tl.where(of_tail, found, found * PAGE_SIZE + place % PAGE_SIZE)
+    live = exists & (slot >= PAGE_SIZE) & (slot < num_slots)
+    prefetch_lines(k_head_ptr, slot.to(tl.int64) * C, live, D)
+    prefetch_lines(v_head_ptr, slot.to(tl.int64) * C, live, D)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_sequences", "stride_table", "scale"])
 def _tree_attention_kernel(
     q_ptr,  # [N, H, D]
     k_cache_ptr,  # [slots, H, D]
@@ -146,6 +188,7 @@ def _tree_attention_kernel(
     sums_ptr,  # float32 [PARTS + 1, N, H]
     arrivals_ptr,  # int32 [row blocks, H], zero before and after
     num_rows,  # N
+    num_slots,
     num_sequences,  # B
     stride_table,
     scale,  # of the scores, times log2(e)
@@ -166,13 +209,34 @@ def _tree_attention_kernel(
 
     Reads each window once per row block and each tail once per row: 2 D values a key.
     """
-    wait_for_previous()
     head, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     C: tl.constexpr = H * D
     q_head_ptr, k_head_ptr, v_head_ptr = q_ptr + head * D, k_cache_ptr + head * D, v_cache_ptr + head * D
     stride_part = num_rows.to(tl.int64) * H
     first = block * BLOCK_ROWS
     tail_first = first + (part - PARTS) * TAIL_ROWS
+    if starts_early():
+        _prefetch_keys(
+            k_head_ptr,
+            v_head_ptr,
+            page_table_ptr,
+            sequences_ptr,
+            positions_ptr,
+            tail_slots_ptr,
+            tl.minimum(tl.maximum(first, tail_first), num_rows - 1),
+            num_slots,
+            stride_table,
+            part,
+            C,
+            D,
+            PAGE_SIZE,
+            PARTS,
+            WINDOW,
+            LANES,
+            DEPTH,
+            ALIGNMENT,
+        )
+    wait_for_previous()
     if tail_first >= num_rows:  # tails of rows that do not exist; of a window, part - PARTS is below 0
         return
     if part < PARTS:
@@ -283,6 +347,7 @@ def tree_attention(
             "sums_ptr": torch.empty(parts + 1, num_rows, num_heads, **scratch),
             "arrivals_ptr": arrivals(blocks * num_heads, q.device),
             "num_rows": num_rows,
+            "num_slots": len(k_cache),
             "num_sequences": len(route.page_table),
             "stride_table": route.page_table.stride(0),
             "scale": scale * LOG2E,

@@ -4,8 +4,10 @@ From sm_90 on, NVIDIA's GPUs can start a grid before the grid ahead of it in the
 costs and the first trip to memory then pass beside work. It changes no value, by these rules:
 
 1. Every program of every kernel that ``launch`` runs calls ``wait_for_previous`` before it reads or writes memory.
-   Until then it may only ask for what no kernel writes, weights, to be brought into the L2 cache. Nothing reaches a
-   register, and all writes go through that cache, so what is read later is current even if a weight has just changed.
+   Until then it may only ask for lines to be brought into the L2 cache: of weights, which no kernel writes, and, in
+   attention, of keys and values. No value of theirs reaches a register, and all writes go through that cache, so what
+   is read later is current even if it has just changed. Where keys lie attention reads from what was written two
+   launches ago or earlier, past the L1 cache; by rules 2 and 3 that has finished.
 2. The wait ends when the kernel before has finished altogether and what it wrote can be seen. That one has waited in
    its turn, so whatever came earlier has finished too: a buffer may be reused two kernels later. A kernel that would
    not wait would break this for those behind it, which is why all do, torch's by an ordinary launch.
@@ -54,6 +56,19 @@ def prefetch_rows(base_ptr, row, start, ROWS: tl.constexpr, STRIDE: tl.constexpr
     column = start + line * LENGTH
     mask = (row < ROWS)[:, None] & (line < LINES) & (column < STRIDE)
     address = (base_ptr + row[:, None] * STRIDE + column).to(tl.int64)
+    _prefetch(address, mask)
+
+
+@triton.jit
+def prefetch_lines(base_ptr, offs, mask, COUNT: tl.constexpr):
+    """Ask for ``base[offs : offs + COUNT]`` in the L2 cache, each of ``offs`` int64 [any] where ``mask`` says so."""
+    LENGTH: tl.constexpr = LINE // (base_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    for start in tl.static_range(0, COUNT, LENGTH):
+        _prefetch((base_ptr + offs + start).to(tl.int64), mask)
+
+
+@triton.jit
+def _prefetch(address, mask):
     tl.inline_asm_elementwise(
         "{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; @wanted prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
         "=r,l,r",
