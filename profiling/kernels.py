@@ -33,7 +33,7 @@ from profiling import passes, roofline
 from profiling.calls import TOLERANCES, Call, bind, check, make_calls, relative_error, run
 from profiling.comparators import Comparator, as_rows, comparators, flex_comparator
 from profiling.flags import count, positive
-from profiling.markdown import OURS, WAITING, kernel_tables
+from profiling.kernel_tables import OURS, WAITING, kernel_tables
 from profiling.rows import Rows, about, timed
 from profiling.shapes import SHAPES, Operation, Shape
 from profiling.timing import ceilings, copies_for, first_line, is_cold, measure

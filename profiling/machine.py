@@ -29,6 +29,12 @@ def describe(device: torch.device) -> dict[str, str | int]:
     }
 
 
+def signature(about: dict, also: str = "") -> str:
+    """What a report says of the code that it was measured with; ``also`` names one more package of ``about``."""
+    other = f"{also} {about[also.lower()]}, " if also else ""
+    return f"torch {about['torch']}, {other}commit {about['commit']}, {about['date']}; `{about['command']}`"
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -3,6 +3,8 @@
 from typing import Any
 
 from profiling.ablations import KINDS
+from profiling.machine import signature
+from profiling.markdown import number, table
 from profiling.paper_runs import BASELINE, FIXED, STOPPED
 from profiling.paper_tables import GREEDY, PAPER, TOP_K, Bar, find
 
@@ -45,21 +47,9 @@ def conditions(document: dict[str, Any]) -> str:
     return (
         f"{run['num_prompts']} prompts ({run['prompts']}), at most {run['tokens']} new tokens, batch 1, "
         f"{run['runtime']}; oracle {run['oracle']}, draft {run['draft']}, draft² {run['draft2']}; {about['device']}, "
-        f"{about['threads']} threads{shards}, torch {about['torch']}, transformers {about['transformers']}, commit "
-        f"{about['commit']}, {about['date']}; `{about['command']}`. Every figure is computed from the rows in "
-        "`paper.csv` and `paper.json`."
+        f"{about['threads']} threads{shards}, {signature(about, 'transformers')}. Every figure is computed from the "
+        "rows in `paper.csv` and `paper.json`."
     )
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-
-
-def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
-    """Empty where there is no value."""
-    return "" if value is None else format(value, form) + unit
 
 
 def bar_table(bars: list[Bar]) -> str:

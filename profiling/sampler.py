@@ -24,6 +24,8 @@ from kernels import reference
 from kernels.layout import VOCAB_TILE, Sampling
 from profiling.flags import count
 from profiling.iteration import NODES, WIDTH, iteration
+from profiling.machine import signature
+from profiling.markdown import table
 from profiling.rows import Rows, about
 from profiling.timing import Timing, first_line, measure
 
@@ -153,21 +155,20 @@ def markdown(document: dict) -> str:
     """The table of one run."""
     described = document["about"]
     title = "# Rehearsal: torch twins on a CPU, no result" if described["rehearsal"] else "# Between the passes"
-    lines = [
-        f"{title}\n",
-        f"{described['device']}, {described.get('dtype')}, vocabulary of {VOCAB}, torch {described['torch']}, "
-        f"Triton {described['triton']}, commit {described['commit']}, {described['date']}; `{described['command']}`.",
-        "Microseconds, median (quantiles 0.2 - 0.8), in a CUDA graph, the gap to the next launch included.\n",
-        "| operation | rows | implementation | µs |",
-        "| --- | ---: | --- | ---: |",
-    ]
+    lines = []
     for row in document["rows"]:
         if "microseconds" in row:
             spread = f"{row['microseconds']:.1f} ({row['microseconds_q20']:.1f} - {row['microseconds_q80']:.1f})"
-            lines.append(f"| {row['operation']} | {row['rows']} | {row['implementation']} | {spread} |")
+            lines.append([row["operation"], row["rows"], row["implementation"], spread])
     bad = [row for row in document["rows"] if "failure" in row or row.get("check") == "red"]
-    lines += [f"\nNot timed: {row['operation']}: {row.get('failure') or row.get('reason')}" for row in bad]
-    return "\n".join(lines) + "\n"
+    parts = [
+        title,
+        f"{described['device']}, {described.get('dtype')}, vocabulary of {VOCAB}, {signature(described, 'Triton')}.\n"
+        "Microseconds, median (quantiles 0.2 - 0.8), in a CUDA graph, the gap to the next launch included.",
+        table(["operation", "rows", "implementation", "µs"], lines, "lrlr"),
+        *(f"Not timed: {row['operation']}: {row.get('failure') or row.get('reason')}" for row in bad),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
