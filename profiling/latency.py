@@ -93,23 +93,18 @@ class Clock:
         pass
 
 
-def measure(generate: Callable[[Clock], list[int]], device: torch.device) -> Measurement:
-    """Time one call of ``generate``, which takes a streamer and returns new token ids."""
+def timed(
+    system: peers.System, prompt_ids: list[int], max_new_tokens: int, sampling: dict[str, Any], device: torch.device
+) -> Measurement:
+    """Time ``system`` on one prompt; eos is ignored."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     clock = Clock()
-    token_ids = generate(clock)
+    token_ids = system.generate(prompt_ids, max_new_tokens, sampling, peers.NEVER, clock)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what was launched beyond the end is part of the cost
     seconds = time.perf_counter() - clock.start
     return Measurement(token_ids, seconds, clock.bursts)
-
-
-def timed(
-    system: Any, prompt_ids: list[int], max_new_tokens: int, sampling: dict[str, Any], device: torch.device
-) -> Measurement:
-    """Time ``system``, a ``peers.Peer`` or ``peers.Own``, on one prompt; eos is ignored."""
-    return measure(lambda clock: system.generate(prompt_ids, max_new_tokens, sampling, peers.NEVER, clock), device)
 
 
 class Runs(NamedTuple):
@@ -252,8 +247,6 @@ def load_systems(flags: argparse.Namespace, skipped: dict[str, str]) -> tuple[St
     """The decoder, what is to be timed, and what loads the oracle in transformers. Raises ValueError."""
     decoder = load_decoder(flags)
     systems = [peers.Own(decoder, method) for method in flags.method or available_methods(decoder)]
-    for system in systems:
-        decoder.plan(system.name)
     dtype, device = decoder.oracle.model.dtype, decoder.oracle.model.device
     oracle_dir = BUNDLED / "oracle" if flags.oracle == "bundled" else weights.locate(flags.oracle)
     if flags.peers is not None:
