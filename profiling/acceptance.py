@@ -19,12 +19,12 @@ from decoding import SpeculationConfig, StagedDecoder
 from profiling import machine, prompts
 from profiling.flags import count, in_one_line
 from profiling.markdown import number, publish, table
+from profiling.prompts import GREEDY, SETTINGS, TOP_K
 
-TOP_K = {"do_sample": True, "top_k": 50, "temperature": 1.0}
 RULES = {
-    "greedy": ({}, {}),
-    "top-k 50, shared noise": (TOP_K, {}),
-    "top-k 50, paper's rule": (TOP_K, {"shared_noise": False, "tau": 1.0}),
+    GREEDY: ({}, {}),
+    "top-k 50, shared noise": (SETTINGS[TOP_K], {}),
+    "top-k 50, paper's rule": (SETTINGS[TOP_K], {"shared_noise": False, "tau": 1.0}),
 }
 
 
@@ -79,7 +79,7 @@ def markdown(rows: list[dict], about: dict, conditions: str) -> str:
     )
     header = ["nodes", "stages", "rule", "tokens per oracle pass", "vs greedy", "draft passes"]
     header += ["depth 1", "repeated 8-grams"]
-    greedy = {(row["nodes"], row["stages"]): row for row in rows if row["rule"] == "greedy"}
+    greedy = {(row["nodes"], row["stages"]): row for row in rows if row["rule"] == GREEDY}
     lines = []
     for row in rows:
         shape, tokens = (row["nodes"], row["stages"]), row["tokens_per_oracle_pass"]

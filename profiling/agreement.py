@@ -26,11 +26,8 @@ from profiling import machine, prompts
 from profiling.acceptance import repeated_share
 from profiling.flags import count, in_one_line
 from profiling.markdown import number, publish, table
+from profiling.prompts import SETTINGS
 
-SETTINGS = {
-    "greedy": SamplingConfig(),
-    "top-k 50, T = 1": SamplingConfig(do_sample=True, temperature=1.0, top_k=50),
-}
 BEST = 4
 
 
@@ -62,15 +59,14 @@ def share(lower: torch.Tensor, upper: torch.Tensor) -> tuple[float, float]:
 def measure(decoders: dict[str, StagedDecoder], prompt_ids: list[list[int]], num_tokens: int) -> list[dict]:
     """One row per setting and pair; ``decoders`` differ in their lower stages alone."""
     rows, first = [], next(iter(decoders.values()))
-    for setting, config in SETTINGS.items():
+    for setting, arguments in SETTINGS.items():
         found: dict[tuple[str, str], list] = {}
         repeated = []
         for seed, ids in enumerate(track(prompt_ids, setting, disable=not sys.stderr.isatty())):
-            arguments = {"do_sample": config.do_sample, "top_k": config.top_k, "temperature": config.temperature}
             out = first.generate(ids, num_tokens, seed=seed, ignore_eos=True, method="baseline", **arguments)
             text, num_new = ids + out.new_token_ids, len(out.new_token_ids)
             repeated.append(repeated_share(out.new_token_ids))
-            sampling = config.with_seed(seed)
+            sampling = SamplingConfig(**arguments).with_seed(seed)
             above = draws(first.oracle.model, text, num_new, sampling)
             for name, decoder in decoders.items():
                 stages = {stage.name: stage for stage in decoder.lower}

@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 from profiling import machine, prompts
-from profiling.demo import SETTINGS
 from profiling.flags import at_least, count, in_one_line
 from profiling.paper_output import write
 from profiling.paper_runs import FIXED, STOP_STRINGS, STOPPED, OwnGap, TokensDiffer, run_case
 from profiling.paper_session import Config, Session, cases, load, suites
 from profiling.peers import NAMES, NEVER, Stop, System
+from profiling.prompts import SETTINGS
 from profiling.shards import Journal, Shard, merged
 
 WARM_UP = 4  # new tokens of ours; peers generate the whole length, to which some of them compile

@@ -6,9 +6,9 @@ from profiling.ablations import KINDS
 from profiling.machine import signature
 from profiling.markdown import number, table
 from profiling.paper_runs import BASELINE, FIXED, STOPPED
-from profiling.paper_tables import GREEDY, PAPER, TOP_K, Bar, find
+from profiling.paper_tables import PAPER, Bar, find
+from profiling.prompts import SETTINGS
 
-SETTINGS = (GREEDY, TOP_K)
 SOURCE = "Spector & Ré, 2023, arXiv 2308.04623: GPT-2 Large, 40M draft, Katz trigram, 164 HumanEval prompts, RTX 4090"
 
 

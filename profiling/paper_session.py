@@ -11,8 +11,8 @@ from decoding.compare import available_methods
 from decoding.decoder import BUNDLED
 from model import weights
 from profiling import ablations, passes, peers, prompts
-from profiling.demo import SETTINGS
 from profiling.paper_runs import FIXED, STOPPED, Case
+from profiling.prompts import SETTINGS
 from profiling.shards import Shard
 
 

@@ -32,9 +32,9 @@ from profiling import chart, machine, prompts, timeline_tables, trace
 from profiling.flags import count, in_one_line
 from profiling.instruction_samples import INTERPRETER, owners, sampling
 from profiling.markdown import publish
+from profiling.prompts import SETTINGS
 from profiling.spans import PREFILL, Run, bytes_moved, generate, instrumented
 
-SETTINGS = {"greedy": {}, "top-k 50, T = 1": {"do_sample": True, "top_k": 50, "temperature": 1.0}}
 SHORT = 24  # tokens of a generation that only warms up or shows the order of kernels
 
 

@@ -19,11 +19,11 @@ from decoding.execution import MAX_PLANS, Captured
 from kernels.reference import matrices
 from model import bundle
 from profiling import ablations, dram, paper, paper_session, paper_tables, prompts
-from profiling.demo import SETTINGS, unpadded_row
+from profiling.demo import unpadded_row
 from profiling.paper_runs import FIXED, STOPPED, Case, OwnGap, TokensDiffer, digest, run_case
 from profiling.paper_session import Config
-from profiling.paper_tables import GREEDY, TOP_K
 from profiling.peers import NEVER, Own
+from profiling.prompts import GREEDY, SETTINGS, TOP_K
 from profiling.shards import Shard
 from tests.helpers import hf_model, random_tokens, tiny_gpt2
 from tests.recorded_graph import RecordedGraph
