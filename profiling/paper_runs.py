@@ -6,7 +6,6 @@ slows all of them. One timer for everybody: the host's clock around a call that 
 
 import hashlib
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,15 +47,6 @@ class OwnGap:
         return float(best[0] - best[1])
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What ``call`` returns and the seconds until the device has done all of it."""
-    start = time.perf_counter()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
-
-
 def run_case(
     case: Case,
     ids: list[int],
@@ -71,8 +61,11 @@ def run_case(
     turn = case.prompt % len(methods)
     texts, rows = {}, {}
     for method in methods[turn:] + methods[:turn]:
-        new, seconds = timed(lambda method=method: method.generate(ids, num_tokens, sampling, stop), device)
-        texts[method.name] = new
+        start = time.perf_counter()
+        texts[method.name] = new = method.generate(ids, num_tokens, sampling, stop)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
         rows[method.name] = {
             **case._asdict(),
             "method": method.name,
