@@ -182,16 +182,12 @@ def rows_of(found: dict[str, Runs], systems: list, prompt_ids: list[list[int]], 
         runs, row = found[system.name], {"method": system.name}
         row |= summary(runs, found.get("baseline")) | {"identical": None, "differences": []}
         if not (system.greedy_only and do_sample):
-            pairs = [
-                (i, one.token_ids, mine.token_ids)
-                for i, (one, mine) in enumerate(zip(runs.measured, ours, strict=True))
-            ]
-            parted = [(i, theirs, own) for i, theirs, own in pairs if theirs != own]
-            row["identical"] = len(pairs) - len(parted)
-            hf = load_hf() if parted and hf is None else hf
-            for i, theirs, own in parted:
-                place = peers.first_difference(theirs, own, hf, prompt_ids[i % len(prompt_ids)])
-                row["differences"].append({"iteration": i} | place)
+            for i, (one, mine) in enumerate(zip(runs.measured, ours, strict=True)):
+                if one.token_ids != mine.token_ids:
+                    hf, prompt = hf or load_hf(), prompt_ids[i % len(prompt_ids)]
+                    place = peers.first_difference(one.token_ids, mine.token_ids, hf, prompt)
+                    row["differences"].append({"iteration": i} | place)
+            row["identical"] = len(runs.measured) - len(row["differences"])
         rows.append(row)
     return rows
 
