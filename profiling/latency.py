@@ -17,7 +17,7 @@ is cut at ``input-len`` tokens, and goes on with those after it where it is too 
 - burst: the tokens that one oracle pass gives, which arrive together. Inter-burst latency is the gap between two.
 - inter-token latency: the gap before a burst divided by its tokens, counted once for each of them.
 - tokens/s: ``output-len`` by the median latency. Against baseline: the median of the iterations' ratios of latencies.
-- memory: see ``profiling.memory``.
+- memory: see ``profiling.machine.peak_memory``.
 
 Lists of lengths make a sweep. The JSON has a row per lengths and method under "rows"; at its top level are vLLM's keys,
 for the first lengths and the fullest of our methods that ran. Markdown is written beside it.
@@ -41,7 +41,7 @@ from decoding.compare import DEMO_PROMPTS, HFGenerate, available_methods
 from decoding.config import METHODS, SamplingConfig, check_seed
 from decoding.decoder import BUNDLED
 from model import weights
-from profiling import machine, memory, peers, prompts
+from profiling import machine, peers, prompts
 from profiling.flags import at_least, count, counts, in_one_line
 from profiling.latency_table import markdown
 
@@ -125,12 +125,13 @@ def run(
     for i in track(steps, f"{len(prompt_ids[0])} + {output_len} tokens", disable=not sys.stderr.isatty()):
         prompt, drawn = prompt_ids[i % len(prompt_ids)], sampling | {"seed": sampling["seed"] + max(i, 0)}
         for system in systems:
-            memory.reset(device)
+            machine.reset_memory(device)
             one = timed(system, prompt, output_len, drawn, device)
             if i >= 0:
                 runs = found[system.name]
                 runs.measured.append(one)
-                runs.memory.update({k: max(v, runs.memory.get(k, 0)) for k, v in memory.peak(device).items()})
+                peak = machine.peak_memory(device)
+                runs.memory.update({name: max(held, runs.memory.get(name, 0)) for name, held in peak.items()})
     return found
 
 
