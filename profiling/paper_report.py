@@ -90,11 +90,8 @@ def speed_table(summary: list[dict], extent: str) -> str:
         key = (row["setting"], row["method"])
         paper = PAPER[key][0] if key in PAPER and extent == FIXED else None
         ratio = f"{paper / PAPER[key[0], BASELINE][0]:.2f}x ({paper})" if paper else ""
-        spread = (
-            ""
-            if row["speedup_median"] is None
-            else (f"{row['speedup_median']:.2f} ({row['speedup_p10']:.2f} - {row['speedup_p90']:.2f})")
-        )
+        median, low, high = (number(row[f"speedup_{name}"]) for name in ("median", "p10", "p90"))
+        spread = f"{median} ({low} - {high})" if median else ""
         equal = f"{row['equal']} of {row['compared']}" if row["compared"] else ""
         cells = [number(row["tokens_per_second"], ".1f"), number(row["speedup"], ".2f", "x"), spread, ratio]
         cells += [number(row.get(name)) for name in ("tokens_per_oracle_pass", "acceptance", "repeated_8_grams")]
