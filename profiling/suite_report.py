@@ -62,11 +62,7 @@ def summary(out: Path, document: dict, steps: list[Step], left_out: list[Path]) 
     facts, rows = document["about"], document["rows"]
     latest = {row["step"]: row for row in rows}
     title = "# Suite in miniature: toy sizes on a CPU, no result" if facts["rehearsal"] else "# Suite"
-    lines = [
-        title,
-        "",
-        f"{facts['device']}, {signature(facts, 'Triton')}",
-    ]
+    lines = [title, "", f"{facts['device']}, {signature(facts, 'Triton')}"]
     names = [name for name in latest if name.startswith(TESTS)]
     failing = [test for name in names for test in failing_tests(out / "logs" / f"{name}.txt")]
     failed = [name for name, row in latest.items() if row["status"] != "ok"]
