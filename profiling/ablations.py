@@ -10,7 +10,8 @@ from pathlib import Path
 from decoding import SpeculationConfig, StagedDecoder
 from decoding.compare import available_methods
 from decoding.config import chain, default_speculation
-from profiling.paper_runs import BASELINE, Ours
+from profiling.paper_runs import BASELINE
+from profiling.peers import Own
 
 CHAINS = tuple(range(1, 9))
 BUDGETS = (3, 7, 15, 31, 63)
@@ -41,22 +42,22 @@ def without_draft(config: SpeculationConfig) -> SpeculationConfig:
     return dataclasses.replace(config, **one | {"rounds": rounds})
 
 
-def variants(decoders: dict[str, StagedDecoder]) -> list[Ours]:
+def variants(decoders: dict[str, StagedDecoder]) -> list[Own]:
     """The baseline and every variant; ``decoders`` by name, the first one being the trio of the paper's figures."""
-    (first, decoder), *others = decoders.items()
-    found = [Ours(BASELINE, decoder, decoder.plan("baseline"))]
+    decoder = next(iter(decoders.values()))
+    found = [Own(decoder, BASELINE)]
     available = available_methods(decoder)
     if "tree" in available:
-        found += [Ours(f"chain of {n}", decoder, chain(n), "chain") for n in CHAINS]
-        found += [Ours(f"tree, {n} nodes", decoder, scaled(_whole_block(decoder, "tree"), n), "tree") for n in BUDGETS]
+        found += [Own(decoder, f"chain of {n}", chain(n), "chain") for n in CHAINS]
+        found += [Own(decoder, f"tree, {n} nodes", scaled(_whole_block(decoder, "tree"), n), "tree") for n in BUDGETS]
     if "staged" in available:
         plan = _whole_block(decoder, "staged")
-        found += [Ours(f"staged, {n} nodes", decoder, scaled(plan, n), "staged") for n in BUDGETS]
+        found += [Own(decoder, f"staged, {n} nodes", scaled(plan, n), "staged") for n in BUDGETS]
         alone = without_draft(plan)
-        found += [Ours(f"draft2 alone, {n} nodes", decoder, scaled(alone, n), "draft2") for n in BUDGETS]
-    for name, other in {first: decoder, **dict(others)}.items() if others else ():
+        found += [Own(decoder, f"draft2 alone, {n} nodes", scaled(alone, n), "draft2") for n in BUDGETS]
+    for name, other in decoders.items() if len(decoders) > 1 else ():
         methods = [method for method in available_methods(other) if method != BASELINE]
-        found += [Ours(f"{method}, {name}", other, other.plan(method), "stages") for method in methods]
+        found += [Own(other, f"{method}, {name}", other.plan(method), "stages") for method in methods]
     return found
 
 

@@ -10,7 +10,6 @@ beside every figure. With --out, ``acceptance.json`` and ``acceptance.md``.
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -19,12 +18,13 @@ from rich.progress import track
 from decoding import SpeculationConfig, StagedDecoder
 from profiling import machine, prompts
 from profiling.flags import count, in_one_line
+from profiling.markdown import number, publish, table
+from profiling.prompts import GREEDY, SETTINGS, TOP_K
 
-TOP_K = {"do_sample": True, "top_k": 50, "temperature": 1.0}
 RULES = {
-    "greedy": ({}, {}),
-    "top-k 50, shared noise": (TOP_K, {}),
-    "top-k 50, paper's rule": (TOP_K, {"shared_noise": False, "tau": 1.0}),
+    GREEDY: ({}, {}),
+    "top-k 50, shared noise": (SETTINGS[TOP_K], {}),
+    "top-k 50, paper's rule": (SETTINGS[TOP_K], {"shared_noise": False, "tau": 1.0}),
 }
 
 
@@ -73,27 +73,20 @@ def _totals(outs: list) -> dict:
 
 
 def markdown(rows: list[dict], about: dict, conditions: str) -> str:
-    lines = [
-        "# Tokens per oracle pass",
-        "",
-        f"{conditions}; {about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date']}; "
-        f"`{about['command']}`. Draft passes are per oracle pass; depth 1 is the share of roots whose drawn token was "
-        "in the tree.",
-        "",
-        "| nodes | stages | rule | tokens per oracle pass | vs greedy | draft passes | depth 1 | repeated 8-grams |",
-        "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    measured = (
+        f"{conditions}; {about['device']}, {machine.signature(about)}. Draft passes are per oracle pass; depth 1 is "
+        "the share of roots whose drawn token was in the tree."
+    )
+    header = ["nodes", "stages", "rule", "tokens per oracle pass", "vs greedy", "draft passes"]
+    header += ["depth 1", "repeated 8-grams"]
+    greedy = {(row["nodes"], row["stages"]): row for row in rows if row["rule"] == GREEDY}
+    lines = []
     for row in rows:
-        greedy = next(
-            r for r in rows if (r["nodes"], r["stages"], r["rule"]) == (row["nodes"], row["stages"], "greedy")
-        )
-        lines.append(
-            f"| {row['nodes']} | {row['stages']} | {row['rule']} | {row['tokens_per_oracle_pass']:.2f} | "
-            f"{row['tokens_per_oracle_pass'] / greedy['tokens_per_oracle_pass']:.2f} | "
-            f"{row['draft_passes_per_oracle_pass']:.1f} | {row['depth_1_acceptance']:.2f} | "
-            f"{row['repeated_8_grams']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+        shape, tokens = (row["nodes"], row["stages"]), row["tokens_per_oracle_pass"]
+        cells = [number(tokens), number(tokens / greedy[shape]["tokens_per_oracle_pass"])]
+        cells += [number(row["draft_passes_per_oracle_pass"], ".1f"), number(row["depth_1_acceptance"])]
+        lines.append([*shape, row["rule"], *cells, number(row["repeated_8_grams"])])
+    return f"# Tokens per oracle pass\n\n{measured}\n\n{table(header, lines, 'rllrrrrr')}\n"
 
 
 def main() -> None:
@@ -110,11 +103,7 @@ def main() -> None:
     rows = measure(decoder, prompt_ids, flags.tokens, flags.seeds)
     about = machine.describe(decoder.oracle.model.device)
     conditions = f"{len(prompt_ids)} MBPP prompts x {flags.tokens} tokens, {flags.seeds} seeds, {decoder.runtime}"
-    table = markdown(rows, about, conditions)
-    print(table)
-    if flags.out:
-        (flags.out / "acceptance.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        (flags.out / "acceptance.md").write_text(table)
+    publish(markdown(rows, about, conditions), {"about": about, "rows": rows}, flags.out, "acceptance")
 
 
 if __name__ == "__main__":

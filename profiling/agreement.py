@@ -9,7 +9,6 @@ the share of 8-grams that repeat stands beside every figure.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -26,11 +25,9 @@ from model.gpt2 import GPT2
 from profiling import machine, prompts
 from profiling.acceptance import repeated_share
 from profiling.flags import count, in_one_line
+from profiling.markdown import number, publish, table
+from profiling.prompts import SETTINGS
 
-SETTINGS = {
-    "greedy": SamplingConfig(),
-    "top-k 50, T = 1": SamplingConfig(do_sample=True, temperature=1.0, top_k=50),
-}
 BEST = 4
 
 
@@ -62,15 +59,14 @@ def share(lower: torch.Tensor, upper: torch.Tensor) -> tuple[float, float]:
 def measure(decoders: dict[str, StagedDecoder], prompt_ids: list[list[int]], num_tokens: int) -> list[dict]:
     """One row per setting and pair; ``decoders`` differ in their lower stages alone."""
     rows, first = [], next(iter(decoders.values()))
-    for setting, config in SETTINGS.items():
+    for setting, arguments in SETTINGS.items():
         found: dict[tuple[str, str], list] = {}
         repeated = []
         for seed, ids in enumerate(track(prompt_ids, setting, disable=not sys.stderr.isatty())):
-            arguments = {"do_sample": config.do_sample, "top_k": config.top_k, "temperature": config.temperature}
             out = first.generate(ids, num_tokens, seed=seed, ignore_eos=True, method="baseline", **arguments)
             text, num_new = ids + out.new_token_ids, len(out.new_token_ids)
             repeated.append(repeated_share(out.new_token_ids))
-            sampling = config.with_seed(seed)
+            sampling = SamplingConfig(**arguments).with_seed(seed)
             above = draws(first.oracle.model, text, num_new, sampling)
             for name, decoder in decoders.items():
                 stages = {stage.name: stage for stage in decoder.lower}
@@ -96,20 +92,14 @@ def measure(decoders: dict[str, StagedDecoder], prompt_ids: list[list[int]], num
 
 
 def markdown(rows: list[dict], conditions: str) -> str:
+    header = ["decoding", "stages", "pair", "its best", "one of its best 4", "repeated 8-grams"]
+    figures = {"best": ".3f", "best_4": ".3f", "repeated_8_grams": ".2f"}
     lines = [
-        "# How often a lower stage names the token that is drawn",
-        "",
-        f"{conditions}.",
-        "",
-        "| decoding | stages | pair | its best | one of its best 4 | repeated 8-grams |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        [row["setting"], row["stages"], row["pair"], *(number(row[name], form) for name, form in figures.items())]
+        for row in rows
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['setting']} | {row['stages']} | {row['pair']} | {row['best']:.3f} | {row['best_4']:.3f} | "
-            f"{row['repeated_8_grams']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    title = "# How often a lower stage names the token that is drawn"
+    return f"{title}\n\n{conditions}.\n\n{table(header, lines, 'lllrrr')}\n"
 
 
 def main() -> None:
@@ -136,13 +126,9 @@ def main() -> None:
     about = machine.describe(decoder.oracle.model.device)
     conditions = (
         f"{len(texts)} prompts x {flags.tokens} tokens of the oracle's own text, {decoder.runtime}; "
-        f"{about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`"
+        f"{about['device']}, {machine.signature(about)}"
     )
-    table = markdown(rows, conditions)
-    print(table)
-    if flags.out:
-        (flags.out / "agreement.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        (flags.out / "agreement.md").write_text(table)
+    publish(markdown(rows, conditions), {"about": about, "rows": rows}, flags.out, "agreement")
 
 
 if __name__ == "__main__":

@@ -61,11 +61,6 @@ def write_snapshot(rows: list[dict[str, Any]], problems: list[str]) -> None:
     kept = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
     lines = ",\n".join(json.dumps(row) for row in kept)
     _path().write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-    write_table()
-
-
-def write_table() -> None:
-    """Rewrite ``aot.md`` from the snapshot of the installed Triton."""
     (RESULTS / "aot.md").write_text(markdown(load_snapshot()), encoding="utf-8")
 
 

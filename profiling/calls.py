@@ -75,17 +75,13 @@ def run(call: Call, ops: ModuleType) -> torch.Tensor:
 def take_rows(call: Call, rows: slice) -> Call:
     """The call on some of its rows only; copies, since kernels ask for aligned rows."""
     names = ROW_ARGUMENTS - {"x", "moments"} if "rows" in call.arguments else ROW_ARGUMENTS  # it picks some of those
-    return Call(
-        call.function,
-        {
-            name: take_rows(value, rows)
-            if isinstance(value, Call)
-            else value[rows].clone()
-            if name in names and value is not None
-            else value
-            for name, value in call.arguments.items()
-        },
-    )
+
+    def part(name: str, value: Any) -> Any:
+        if isinstance(value, Call):
+            return take_rows(value, rows)
+        return value[rows].clone() if name in names and value is not None else value
+
+    return Call(call.function, {name: part(name, value) for name, value in call.arguments.items()})
 
 
 def in_double(call: Call) -> Call:

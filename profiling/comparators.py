@@ -31,14 +31,6 @@ def comparators(call: Call) -> list[Comparator]:
     return []
 
 
-FLEX = "FlexAttention"
-
-
-def flex_comparator() -> Comparator:
-    """FlexAttention; apart from the others, since it compiles for a while and may fail to."""
-    return Comparator(FLEX, flex_attention, True)
-
-
 def torch_linear(arguments: dict[str, Any]) -> Callable[[], torch.Tensor]:
     """Layer norm, product, activation and residual, one torch call each."""
     x, weight, bias = arguments["x"], arguments["weight"], arguments.get("bias")
@@ -96,6 +88,10 @@ def flex_attention(copies: list[dict[str, Any]]) -> list[Callable[[], torch.Tens
     blocks = module.create_block_mask(is_ancestor, None, None, *mask.shape, device=mask.device)
     compiled = torch.compile(module.flex_attention, dynamic=False)
     return [lambda q=q, k=k, v=v: compiled(q, k, v, block_mask=blocks, scale=scale) for q, k, v, _ in inputs]
+
+
+# Apart from the others, since it compiles for a while and may fail to.
+FLEX = Comparator("FlexAttention", flex_attention, True)
 
 
 def as_rows(result: torch.Tensor) -> torch.Tensor:

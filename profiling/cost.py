@@ -41,7 +41,6 @@ class Machine(NamedTuple):
     reserved: int  # bytes of it that the driver takes from each program
     warps: int  # per scheduler
     programs: int  # per multiprocessor
-    warp_size: int
 
     @property
     def program_shared(self) -> int:
@@ -54,18 +53,18 @@ class Machine(NamedTuple):
 MACHINES = {
     # copy: reported, gpt-fast's practical peak of an A100 (datasheet 2.04e12); l2: datasheet, 5120 bytes a clock
     "sm_80": Machine(
-        "A100 80GB", 108, 1.41e9, 1.7e12, 7.2e12, 312e12, 19.5e12, 0.7e-6, 0.2e-6, 164 << 10, 1024, 16, 32, 32
+        "A100 80GB", 108, 1.41e9, 1.7e12, 7.2e12, 312e12, 19.5e12, 0.7e-6, 0.2e-6, 164 << 10, 1024, 16, 32
     ),
     # copy: estimate, 91 % of the datasheet's 1.008e12; l2: estimate
     "sm_89": Machine(
-        "RTX 4090", 128, 2.52e9, 0.92e12, 5.0e12, 165e12, 82.6e12, 0.6e-6, 0.15e-6, 100 << 10, 1024, 12, 24, 32
+        "RTX 4090", 128, 2.52e9, 0.92e12, 5.0e12, 165e12, 82.6e12, 0.6e-6, 0.15e-6, 100 << 10, 1024, 12, 24
     ),
     # copy: measured, the project's figure for an H200 (datasheet 4.8e12); l2: estimate
-    "sm_90": Machine("H200", 132, 1.83e9, 4.3e12, 5.5e12, 989e12, 67e12, 0.7e-6, 0.2e-6, 228 << 10, 1024, 16, 32, 32),
+    "sm_90": Machine("H200", 132, 1.83e9, 4.3e12, 5.5e12, 989e12, 67e12, 0.7e-6, 0.2e-6, 228 << 10, 1024, 16, 32),
     # copy: estimate, 88 % of the datasheet's 8.0e12; l2: estimate
-    "sm_100": Machine("B200", 148, 1.85e9, 7.0e12, 10e12, 2250e12, 75e12, 0.8e-6, 0.2e-6, 228 << 10, 1024, 16, 32, 32),
+    "sm_100": Machine("B200", 148, 1.85e9, 7.0e12, 10e12, 2250e12, 75e12, 0.8e-6, 0.2e-6, 228 << 10, 1024, 16, 32),
     # copy: estimate, 77 % of the datasheet's 5.3e12; l2: estimate
-    "gfx942": Machine("MI300X", 304, 2.1e9, 4.1e12, 10e12, 1307e12, 163e12, 0.9e-6, 0.25e-6, 64 << 10, 0, 8, 32, 64),
+    "gfx942": Machine("MI300X", 304, 2.1e9, 4.1e12, 10e12, 1307e12, 163e12, 0.9e-6, 0.25e-6, 64 << 10, 0, 8, 32),
 }
 TENSOR_MEMORY = 512  # columns per multiprocessor, sm_100
 

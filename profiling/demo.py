@@ -9,10 +9,12 @@ second. With --out, ``demo.json``, ``demo.md`` and ``demo.svg``.
 
 import argparse
 import io
-import json
 import re
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 from rich.console import Console
 from rich.text import Text
@@ -22,14 +24,13 @@ from decoding.compare import DEMO_PROMPTS, HFGenerate, compare
 from decoding.decoder import BUNDLED
 from decoding.display import coloured, legend, stage_styles
 from kernels import reference
+from kernels.layout import MAX_ROWS
+from kernels.reference import attention, matrices
 from profiling import machine
 from profiling.acceptance import repeated_share
 from profiling.flags import count, in_one_line
-from profiling.free_rows import free_rows
-from profiling.prompts import check_length
-
-TOP_K = "top-k 50, T = 1"
-SETTINGS = {"greedy": {}, TOP_K: {"do_sample": True, "top_k": 50, "temperature": 1.0}}
+from profiling.markdown import number, publish, table
+from profiling.prompts import GREEDY, SETTINGS, TOP_K, check_length
 
 
 def median_rows(decoder: StagedDecoder, hf: HFGenerate, tokens: int, sampling: dict, repeats: int) -> tuple[list, list]:
@@ -42,6 +43,22 @@ def median_rows(decoder: StagedDecoder, hf: HFGenerate, tokens: int, sampling: d
     for row in rows:
         row["speedup"] = row["tokens_per_second"] / base
     return rows, runs[0][1]
+
+
+@contextmanager
+def free_rows() -> Iterator[None]:
+    """Products of the torch backend take as many rows as there are, whether these were found to agree or not.
+
+    All else stays: the layouts of matrices, windows at fixed positions. For decoders that are loaded and run inside;
+    their text may differ where two logits are a rounding step apart.
+    """
+    every = tuple(range(1, MAX_ROWS + 1))
+    with (
+        patch.object(matrices, "agreeing_rows", lambda *how: every),
+        patch.object(attention, "agreeing", lambda *how: (1, True)),
+        patch.object(reference, "pad_rows", lambda x, weight: x),
+    ):
+        yield
 
 
 def unpadded_row(decoder: StagedDecoder, dtype: str, tokens: int, repeats: int) -> dict:
@@ -63,21 +80,18 @@ def unpadded_row(decoder: StagedDecoder, dtype: str, tokens: int, repeats: int) 
 
 
 def markdown(tables: dict[str, list[dict]], conditions: str) -> str:
-    lines = [
-        "| decoding | method | tokens/s | vs baseline | tokens per oracle pass | bytes per token | identical |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
-    ]
+    header = ["decoding", "method", "tokens/s", "vs baseline", "tokens per oracle pass", "bytes per token", "identical"]
+    lines = []
     for setting, rows in tables.items():
         for row in rows:
-            moved = "" if row["relative_bytes"] is None else f"{row['relative_bytes']:.2f}"
-            lines.append(
-                f"| {setting} | {row['method']} | {row['tokens_per_second']:.0f} | {row['speedup']:.2f}x | "
-                f"{row['tokens_per_oracle_pass']:.2f} | {moved} | {row['identical']} |"
-            )
+            cells = [number(row["tokens_per_second"], ".0f"), number(row["speedup"], unit="x")]
+            cells += [number(row["tokens_per_oracle_pass"]), number(row["relative_bytes"])]
+            lines.append([setting, row["method"], *cells, row["identical"]])
     places = [place for rows in tables.values() for row in rows for place in row.get("differences", ())]
     ties = "; ".join(f"token {place['token']}, gap {place['gap']:.1e}" for place in places)
     note = f"\n\nHF generate first differs at {ties}: the gap is between its own two best logits." if places else ""
-    return "\n".join(lines) + f"\n\n{conditions}. Bytes per token (arithmetic) are relative to the baseline.{note}\n"
+    measured = f"{conditions}. Bytes per token (arithmetic) are relative to the baseline.{note}"
+    return f"{table(header, lines, 'llrrrrl')}\n\n{measured}\n"
 
 
 def picture(text: Text, key: Text) -> str:
@@ -105,24 +119,22 @@ def main() -> None:
     for setting, sampling in SETTINGS.items():
         tables[setting], outputs[setting] = median_rows(decoder, hf, flags.tokens, sampling, flags.repeats)
     if decoder.oracle.model.ops is reference and decoder.oracle.model.device.type == "cpu":
-        tables["greedy"].append(unpadded_row(decoder, flags.dtype, flags.tokens, flags.repeats))
+        tables[GREEDY].append(unpadded_row(decoder, flags.dtype, flags.tokens, flags.repeats))
     about = machine.describe(decoder.oracle.model.device)
     repeated = {
         setting: statistics.mean(repeated_share(out.new_token_ids) for out in outs) for setting, outs in outputs.items()
     }
     conditions = (
         f"{len(DEMO_PROMPTS)} prompts x {flags.tokens} tokens, batch 1, {decoder.runtime}; {about['device']}, "
-        f"torch {about['torch']}, commit {about['commit']}, {about['date']}; `{about['command']}`. "
+        f"{machine.signature(about)}. "
         "8-grams that repeat: " + ", ".join(f"{setting} {part:.0%}" for setting, part in repeated.items())
     )
     styles = stage_styles([stage.name for stage in decoder.lower])
     prompt, out = DEMO_PROMPTS[1], outputs[TOP_K][1]  # greedy text of a small model loops
     shown = coloured(decoder.tokenizer, prompt, out.new_token_ids, out.token_stages, styles)
-    print(markdown(tables, conditions))
+    document = {"about": about, "repeated_8_grams": repeated, "tables": tables}
+    publish(markdown(tables, conditions), document, flags.out, "demo")
     if flags.out:
-        rows = {"about": about, "repeated_8_grams": repeated, "tables": tables}
-        (flags.out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (flags.out / "demo.md").write_text(markdown(tables, conditions))
         (flags.out / "demo.svg").write_text(picture(shown, legend(styles)))
 
 

@@ -10,7 +10,6 @@ are closer than 1e-4; such places are listed. With --out, ``equality.json`` and 
 
 import argparse
 import copy
-import json
 import multiprocessing
 import os
 import sys
@@ -26,6 +25,7 @@ from decoding.config import METHODS, chain
 from decoding.decoder import BUNDLED
 from profiling import machine, prompts
 from profiling.flags import count, in_one_line
+from profiling.markdown import number, publish, table
 
 TIE = 1e-4
 
@@ -98,27 +98,24 @@ def _count(row: dict, out) -> None:
 
 def markdown(rows: list[dict], num_tokens: int, about: dict) -> str:
     """The table that is committed."""
-    lines = [
-        "# Greedy equality with Hugging Face, float32",
-        "",
-        f"{rows[0]['prompts']} HumanEval prompts x {num_tokens} tokens; {about['device']}, torch {about['torch']}, "
-        f"transformers {about['transformers']}, commit {about['commit']}, {about['date']}; `{about['command']}`.",
-        f"A first difference is a tie where transformers' own two best logits are closer than {TIE:g}.",
-        "",
-        "| configuration | equal | differs at a tie | differs elsewhere | acceptance | tokens per oracle pass |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    header = ["configuration", "equal", "differs at a tie", "differs elsewhere", "acceptance", "tokens per oracle pass"]
+    lines = []
     for row in rows:
-        acceptance = f"{row['accepted'] / row['tried']:.3f}" if row["tried"] else ""
-        lines.append(
-            f"| {row['configuration']} | {row['equal']} of {row['prompts']} | {len(row['tied'])} | "
-            f"{len(row['different'])} | {acceptance} | {row['tokens'] / row['passes']:.2f} |"
-        )
-    places = [(row["configuration"], place) for row in rows for place in row["tied"]]
-    lines += [""] + [
-        f"- tie: {name}, prompt {p['prompt']}, token {p['token']}, gap {p['gap']:.1e}" for name, p in places
+        acceptance = number(row["accepted"] / row["tried"] if row["tried"] else None, ".3f")
+        cells = [f"{row['equal']} of {row['prompts']}", len(row["tied"]), len(row["different"]), acceptance]
+        lines.append([row["configuration"], *cells, number(row["tokens"] / row["passes"])])
+    ties = [
+        f"- tie: {row['configuration']}, prompt {place['prompt']}, token {place['token']}, gap {place['gap']:.1e}\n"
+        for row in rows
+        for place in row["tied"]
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    return (
+        "# Greedy equality with Hugging Face, float32\n\n"
+        f"{rows[0]['prompts']} HumanEval prompts x {num_tokens} tokens; {about['device']}, "
+        f"{machine.signature(about, 'transformers')}.\n"
+        f"A first difference is a tie where transformers' own two best logits are closer than {TIE:g}.\n\n"
+        f"{table(header, lines)}\n" + "\n" * bool(ties) + "".join(ties)
+    )
 
 
 def run_bundled(prompts_by_index: dict[int, list[int]], num_tokens: int, threads: int) -> list[dict]:
@@ -148,11 +145,7 @@ def main() -> None:
         parts = [pool.submit(run_bundled, share, flags.tokens, threads) for share in shares]
         rows = merged([part.result() for part in parts])
     about = machine.describe(torch.device("cpu"))
-    table = markdown(rows, flags.tokens, about)
-    print(table)
-    if flags.out:
-        (flags.out / "equality.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        (flags.out / "equality.md").write_text(table)
+    publish(markdown(rows, flags.tokens, about), {"about": about, "rows": rows}, flags.out, "equality")
     sys.exit(any(row["different"] for row in rows))
 
 

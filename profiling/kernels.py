@@ -31,9 +31,9 @@ import torch
 from kernels import reference
 from profiling import passes, roofline
 from profiling.calls import TOLERANCES, Call, bind, check, make_calls, relative_error, run
-from profiling.comparators import Comparator, as_rows, comparators, flex_comparator
+from profiling.comparators import FLEX, Comparator, as_rows, comparators
 from profiling.flags import count, positive
-from profiling.markdown import OURS, WAITING, kernel_tables
+from profiling.kernel_tables import OURS, WAITING, kernel_tables
 from profiling.rows import Rows, about, timed
 from profiling.shapes import SHAPES, Operation, Shape
 from profiling.timing import ceilings, copies_for, first_line, is_cold, measure
@@ -246,14 +246,13 @@ def _time_pass(setting: Setting, described: dict[str, Any], whole: passes.Pass) 
 
 def time_flex(setting: Setting, described: dict[str, Any], shape: Shape, num_rows: int) -> None:
     """FlexAttention on the inputs of our tree attention."""
-    other = flex_comparator()
     operations, calls = make_calls(shape, num_rows, setting.dtype, setting.device, setting.text_length)
     operation, first = operations["tree_attention"], calls["tree_attention"]
     made = [first]
     for _ in range(1, copies_for(operation.bytes, setting.device)):
         k, v = (torch.randn_like(first.arguments[name]) for name in ("k_cache", "v_cache"))
         made.append(Call(first.function, {**first.arguments, "k_cache": k, "v_cache": v}))
-    _time_other(setting, described, operation, made, other)
+    _time_other(setting, described, operation, made, FLEX)
 
 
 def benchmark(setting: Setting, shapes: list[Shape], all_rows: list[int], flex: bool, jobs: int) -> None:
@@ -279,7 +278,7 @@ def benchmark(setting: Setting, shapes: list[Shape], all_rows: list[int], flex: 
         write_artefacts(setting.rows)
     for num_rows in all_rows if flex and setting.takes("tree_attention") else []:
         described = {"kind": "operation", "shape": shapes[0].name, "operation": "tree_attention", "rows": num_rows}
-        guarded(setting, time_flex, {**described, "implementation": "FlexAttention"}, shapes[0], num_rows)
+        guarded(setting, time_flex, {**described, "implementation": FLEX.name}, shapes[0], num_rows)
     guarded(setting, measure_ceilings, {**ceiling, "implementation": "after"})
     write_artefacts(setting.rows)
 

@@ -17,7 +17,7 @@ is cut at ``input-len`` tokens, and goes on with those after it where it is too 
 - burst: the tokens that one oracle pass gives, which arrive together. Inter-burst latency is the gap between two.
 - inter-token latency: the gap before a burst divided by its tokens, counted once for each of them.
 - tokens/s: ``output-len`` by the median latency. Against baseline: the median of the iterations' ratios of latencies.
-- memory: see ``profiling.memory``.
+- memory: see ``profiling.machine.peak_memory``.
 
 Lists of lengths make a sweep. The JSON has a row per lengths and method under "rows"; at its top level are vLLM's keys,
 for the first lengths and the fullest of our methods that ran. Markdown is written beside it.
@@ -41,7 +41,7 @@ from decoding.compare import DEMO_PROMPTS, HFGenerate, available_methods
 from decoding.config import METHODS, SamplingConfig, check_seed
 from decoding.decoder import BUNDLED
 from model import weights
-from profiling import machine, memory, peers, prompts
+from profiling import machine, peers, prompts
 from profiling.flags import at_least, count, counts, in_one_line
 from profiling.latency_table import markdown
 
@@ -93,23 +93,18 @@ class Clock:
         pass
 
 
-def measure(generate: Callable[[Clock], list[int]], device: torch.device) -> Measurement:
-    """Time one call of ``generate``, which takes a streamer and returns new token ids."""
+def timed(
+    system: peers.System, prompt_ids: list[int], max_new_tokens: int, sampling: dict[str, Any], device: torch.device
+) -> Measurement:
+    """Time ``system`` on one prompt; eos is ignored."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     clock = Clock()
-    token_ids = generate(clock)
+    token_ids = system.generate(prompt_ids, max_new_tokens, sampling, peers.NEVER, clock)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what was launched beyond the end is part of the cost
     seconds = time.perf_counter() - clock.start
     return Measurement(token_ids, seconds, clock.bursts)
-
-
-def timed(
-    system: Any, prompt_ids: list[int], max_new_tokens: int, sampling: dict[str, Any], device: torch.device
-) -> Measurement:
-    """Time ``system``, a ``peers.Peer`` or ``peers.Own``, on one prompt; eos is ignored."""
-    return measure(lambda clock: system.generate(prompt_ids, max_new_tokens, sampling, peers.NEVER, clock), device)
 
 
 class Runs(NamedTuple):
@@ -130,12 +125,13 @@ def run(
     for i in track(steps, f"{len(prompt_ids[0])} + {output_len} tokens", disable=not sys.stderr.isatty()):
         prompt, drawn = prompt_ids[i % len(prompt_ids)], sampling | {"seed": sampling["seed"] + max(i, 0)}
         for system in systems:
-            memory.reset(device)
+            machine.reset_memory(device)
             one = timed(system, prompt, output_len, drawn, device)
             if i >= 0:
                 runs = found[system.name]
                 runs.measured.append(one)
-                runs.memory.update({k: max(v, runs.memory.get(k, 0)) for k, v in memory.peak(device).items()})
+                peak = machine.peak_memory(device)
+                runs.memory.update({name: max(held, runs.memory.get(name, 0)) for name, held in peak.items()})
     return found
 
 
@@ -187,16 +183,12 @@ def rows_of(found: dict[str, Runs], systems: list, prompt_ids: list[list[int]], 
         runs, row = found[system.name], {"method": system.name}
         row |= summary(runs, found.get("baseline")) | {"identical": None, "differences": []}
         if not (system.greedy_only and do_sample):
-            pairs = [
-                (i, one.token_ids, mine.token_ids)
-                for i, (one, mine) in enumerate(zip(runs.measured, ours, strict=True))
-            ]
-            parted = [(i, theirs, own) for i, theirs, own in pairs if theirs != own]
-            row["identical"] = len(pairs) - len(parted)
-            hf = load_hf() if parted and hf is None else hf
-            for i, theirs, own in parted:
-                place = peers.first_difference(theirs, own, hf, prompt_ids[i % len(prompt_ids)])
-                row["differences"].append({"iteration": i} | place)
+            for i, (one, mine) in enumerate(zip(runs.measured, ours, strict=True)):
+                if one.token_ids != mine.token_ids:
+                    hf, prompt = hf or load_hf(), prompt_ids[i % len(prompt_ids)]
+                    place = peers.first_difference(one.token_ids, mine.token_ids, hf, prompt)
+                    row["differences"].append({"iteration": i} | place)
+            row["identical"] = len(runs.measured) - len(row["differences"])
         rows.append(row)
     return rows
 
@@ -252,8 +244,6 @@ def load_systems(flags: argparse.Namespace, skipped: dict[str, str]) -> tuple[St
     """The decoder, what is to be timed, and what loads the oracle in transformers. Raises ValueError."""
     decoder = load_decoder(flags)
     systems = [peers.Own(decoder, method) for method in flags.method or available_methods(decoder)]
-    for system in systems:
-        decoder.plan(system.name)
     dtype, device = decoder.oracle.model.dtype, decoder.oracle.model.device
     oracle_dir = BUNDLED / "oracle" if flags.oracle == "bundled" else weights.locate(flags.oracle)
     if flags.peers is not None:

@@ -19,13 +19,15 @@ import time
 from pathlib import Path
 
 from profiling import machine, prompts
-from profiling.demo import SETTINGS
 from profiling.flags import at_least, count, in_one_line
 from profiling.paper_output import write
-from profiling.paper_runs import FIXED, STOP_STRINGS, STOPPED, Method, OwnGap, TokensDiffer, run_case
+from profiling.paper_runs import FIXED, STOP_STRINGS, STOPPED, OwnGap, TokensDiffer, run_case
 from profiling.paper_session import Config, Session, cases, load, suites
-from profiling.peers import NAMES, NEVER, Stop
+from profiling.peers import NAMES, NEVER, Stop, System
+from profiling.prompts import SETTINGS
 from profiling.shards import Journal, Shard, merged
+
+WARM_UP = 4  # new tokens of ours; peers generate the whole length, to which some of them compile
 
 
 def run(config: Config) -> Path:
@@ -54,7 +56,7 @@ def run(config: Config) -> Path:
         shard.stop()
 
 
-def measure(session: Session, suite: str, methods: list[Method], journal: Journal, shard: Shard) -> None:
+def measure(session: Session, suite: str, methods: list[System], journal: Journal, shard: Shard) -> None:
     """Run this process's cases of a suite that the journal does not have."""
     waiting = [case for group in shard.part(cases(session, suite)) for case in group if case not in journal]
     if not waiting:
@@ -75,14 +77,18 @@ def measure(session: Session, suite: str, methods: list[Method], journal: Journa
             print(f"{suite}: {done} of {len(waiting)} cases, about {left / 60:.1f} minutes left", file=sys.stderr)
 
 
-def warm_up(session: Session, methods: list[Method], num_tokens: int) -> None:
+def warm_up(session: Session, methods: list[System], num_tokens: int) -> None:
     """Nothing is compiled or captured any more when clocks run."""
-    longest, settings = max(session.prompt_ids, key=len), list(SETTINGS.values())
+    longest = max(session.prompt_ids, key=len)
     for decoder in session.decoders.values():
-        decoder.execution.keep(len(methods) * len(settings))
+        decoder.execution.keep(len(methods) * len(SETTINGS))
     ours = [method for method in methods if method.kind != "peer"]
     for method in [*methods, *ours]:  # ours again: a larger tree replaces caches that earlier captures know
-        method.warm_up(longest, num_tokens, settings)
+        if method.kind == "peer":
+            method.warm_up(longest, num_tokens)  # once: what compiles forgets the code that it had
+        length = num_tokens if method.kind == "peer" else min(WARM_UP, num_tokens)
+        for sampling in SETTINGS.values():
+            method.generate(longest, length, {**sampling, "seed": 0})
 
 
 def main() -> int:

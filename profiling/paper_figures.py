@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from profiling.paper_runs import BASELINE, FIXED
-from profiling.paper_tables import GREEDY, TOP_K, prompt_ratios
+from profiling.paper_tables import prompt_ratios
+from profiling.prompts import SETTINGS
 
 COLOURS = {"oracle": "C3", "draft": "C0", "speculative": "C0", "tree": "C1", "staged": "C2"}
 
@@ -43,7 +44,7 @@ def roofline(ceilings: dict[str, Any], points: list[dict[str, Any]], title: str,
 
 def sorted_problems(rows: list[dict[str, Any]], title: str, stem: Path) -> list[Path]:
     """Figure 2: every problem's tokens per second relative to the baseline's, sorted; A greedy, B top-k."""
-    settings = [s for s in (GREEDY, TOP_K) if any(row["setting"] == s for row in rows)]
+    settings = [s for s in SETTINGS if any(row["setting"] == s for row in rows)]
     figure = Figure(figsize=(5 * len(settings), 4))
     all_axes = figure.subplots(1, len(settings), sharey=True, squeeze=False)
     for letter, axes, setting in zip("AB", all_axes[0], settings, strict=False):

@@ -6,12 +6,12 @@ from typing import Any
 
 from decoding.display import coloured, legend, stage_styles
 from profiling import completion, dram, paper_figures, passes
-from profiling.demo import SETTINGS
 from profiling.paper_report import report
 from profiling.paper_runs import BASELINE
 from profiling.paper_session import Session, sources, suites
-from profiling.paper_tables import TOP_K, bars, summarise
+from profiling.paper_tables import bars, summarise
 from profiling.peers import NEVER
+from profiling.prompts import SETTINGS, TOP_K
 from profiling.rows import write_csv
 from profiling.timing import ceilings
 

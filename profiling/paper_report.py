@@ -3,10 +3,12 @@
 from typing import Any
 
 from profiling.ablations import KINDS
+from profiling.machine import signature
+from profiling.markdown import number, table
 from profiling.paper_runs import BASELINE, FIXED, STOPPED
-from profiling.paper_tables import GREEDY, PAPER, TOP_K, Bar, find
+from profiling.paper_tables import PAPER, Bar, find
+from profiling.prompts import SETTINGS
 
-SETTINGS = (GREEDY, TOP_K)
 SOURCE = "Spector & Ré, 2023, arXiv 2308.04623: GPT-2 Large, 40M draft, Katz trigram, 164 HumanEval prompts, RTX 4090"
 
 
@@ -45,21 +47,9 @@ def conditions(document: dict[str, Any]) -> str:
     return (
         f"{run['num_prompts']} prompts ({run['prompts']}), at most {run['tokens']} new tokens, batch 1, "
         f"{run['runtime']}; oracle {run['oracle']}, draft {run['draft']}, draft² {run['draft2']}; {about['device']}, "
-        f"{about['threads']} threads{shards}, torch {about['torch']}, transformers {about['transformers']}, commit "
-        f"{about['commit']}, {about['date']}; `{about['command']}`. Every figure is computed from the rows in "
-        "`paper.csv` and `paper.json`."
+        f"{about['threads']} threads{shards}, {signature(about, 'transformers')}. Every figure is computed from the "
+        "rows in `paper.csv` and `paper.json`."
     )
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-
-
-def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
-    """Empty where there is no value."""
-    return "" if value is None else format(value, form) + unit
 
 
 def bar_table(bars: list[Bar]) -> str:
@@ -100,11 +90,8 @@ def speed_table(summary: list[dict], extent: str) -> str:
         key = (row["setting"], row["method"])
         paper = PAPER[key][0] if key in PAPER and extent == FIXED else None
         ratio = f"{paper / PAPER[key[0], BASELINE][0]:.2f}x ({paper})" if paper else ""
-        spread = (
-            ""
-            if row["speedup_median"] is None
-            else (f"{row['speedup_median']:.2f} ({row['speedup_p10']:.2f} - {row['speedup_p90']:.2f})")
-        )
+        median, low, high = (number(row[f"speedup_{name}"]) for name in ("median", "p10", "p90"))
+        spread = f"{median} ({low} - {high})" if median else ""
         equal = f"{row['equal']} of {row['compared']}" if row["compared"] else ""
         cells = [number(row["tokens_per_second"], ".1f"), number(row["speedup"], ".2f", "x"), spread, ratio]
         cells += [number(row.get(name)) for name in ("tokens_per_oracle_pass", "acceptance", "repeated_8_grams")]

@@ -6,21 +6,18 @@ slows all of them. One timer for everybody: the host's clock around a call that 
 
 import hashlib
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from decoding import SpeculationConfig, StagedDecoder
 from decoding.compare import first_difference
 from model.gpt2 import GPT2
 from profiling.acceptance import repeated_share
-from profiling.peers import NEVER, Peer, Stop
+from profiling.peers import Stop, System
 
 STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where HumanEval cuts a completion
 FIXED, STOPPED = "fixed length", "up to the stop"
 BASELINE = "baseline"
-WARM_UP = 4  # new tokens of ours; peers generate the whole length, to which some of them compile
 
 
 class TokensDiffer(Exception):
@@ -37,79 +34,6 @@ class Case(NamedTuple):
     extent: str
 
 
-class Method(Protocol):
-    """Anything that continues a prompt."""
-
-    name: str
-    kind: str  # "method", "peer", or what an ablation varies
-
-    def generate(self, ids: list[int], num_tokens: int, sampling: dict, stop: Stop) -> list[int]: ...
-
-    def warm_up(self, ids: list[int], num_tokens: int, settings: list[dict]) -> None:
-        """Compile, capture and allocate whatever generations of up to this length need with these settings."""
-
-    def columns(self) -> dict[str, Any]:
-        """What the latest generation counted, as columns of its row."""
-
-    def is_comparable(self, setting: dict) -> bool:
-        """Whether its tokens are to be the baseline's."""
-
-
-class Ours:
-    """One shape of speculation."""
-
-    def __init__(self, name: str, decoder: StagedDecoder, config: SpeculationConfig, kind: str = "method"):
-        self.name, self.kind, self.decoder, self.config = name, kind, decoder, config
-
-    def generate(self, ids, num_tokens, sampling, stop):
-        ends = {"ignore_eos": True} if stop == NEVER else {"stop_strings": list(stop.strings) or None}
-        self.out = self.decoder.generate(ids, num_tokens, speculation=self.config, **sampling, **ends)
-        return self.out.new_token_ids
-
-    def warm_up(self, ids, num_tokens, settings):
-        for sampling in settings:
-            self.generate(ids, min(WARM_UP, num_tokens), {**sampling, "seed": 0}, NEVER)
-
-    def columns(self):
-        stats = self.out.stats
-        stages = [s for s in (*self.decoder.lower, self.decoder.oracle) if s.name in (*self.config.stages, "oracle")]
-        return {
-            "finish": self.out.finish_reason,
-            "iteration": stats["iteration"],
-            "accepted": stats["accepted"],
-            "tried": stats["tried"],
-            "prefill_seconds": round(stats["prefill_seconds"], 6),
-            **{f"{stage.name}_passes": stage.passes for stage in stages},
-            **{f"{stage.name}_bytes": stage.bytes_moved for stage in stages},
-        }
-
-    def is_comparable(self, setting):
-        return True
-
-
-class Theirs:
-    """A peer. It draws with its own generator, so sampled text differs and only greedy text can be compared."""
-
-    kind = "peer"
-
-    def __init__(self, peer: Peer):
-        self.name, self.peer = peer.name, peer
-
-    def generate(self, ids, num_tokens, sampling, stop):
-        return self.peer.generate(ids, num_tokens, sampling, stop)
-
-    def warm_up(self, ids, num_tokens, settings):
-        self.peer.warm_up(ids, num_tokens)  # once: what compiles forgets the code that it had
-        for sampling in settings:
-            self.generate(ids, num_tokens, {**sampling, "seed": 0}, NEVER)
-
-    def columns(self):
-        return {}
-
-    def is_comparable(self, setting):
-        return not setting.get("do_sample") or not self.peer.greedy_only
-
-
 class OwnGap:
     """How close the two best logits of an oracle are after a text, for ``first_difference``."""
 
@@ -123,19 +47,10 @@ class OwnGap:
         return float(best[0] - best[1])
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What ``call`` returns and the seconds until the device has done all of it."""
-    start = time.perf_counter()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
-
-
 def run_case(
     case: Case,
     ids: list[int],
-    methods: list[Method],  # the first is the baseline
+    methods: list[System],  # the first is the baseline
     num_tokens: int,
     setting: dict[str, Any],
     stop: Stop,
@@ -146,8 +61,11 @@ def run_case(
     turn = case.prompt % len(methods)
     texts, rows = {}, {}
     for method in methods[turn:] + methods[:turn]:
-        new, seconds = timed(lambda method=method: method.generate(ids, num_tokens, sampling, stop), device)
-        texts[method.name] = new
+        start = time.perf_counter()
+        texts[method.name] = new = method.generate(ids, num_tokens, sampling, stop)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
         rows[method.name] = {
             **case._asdict(),
             "method": method.name,
@@ -160,12 +78,12 @@ def run_case(
         }
     want = texts[methods[0].name]
     for method in methods:
-        if method.is_comparable(setting):
+        if not (method.greedy_only and setting.get("do_sample")):
             rows[method.name] |= _compared(case, method, texts[method.name], want, ids, gap)
     return [rows[method.name] for method in methods]
 
 
-def _compared(case: Case, method: Method, new: list[int], want: list[int], ids: list[int], gap: OwnGap) -> dict:
+def _compared(case: Case, method: System, new: list[int], want: list[int], ids: list[int], gap: OwnGap) -> dict:
     """Columns ``equal``, and where a peer's tokens first differ."""
     if new == want:
         return {"equal": True}

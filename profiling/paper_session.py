@@ -11,8 +11,8 @@ from decoding.compare import available_methods
 from decoding.decoder import BUNDLED
 from model import weights
 from profiling import ablations, passes, peers, prompts
-from profiling.demo import SETTINGS
-from profiling.paper_runs import FIXED, STOPPED, Case, Method, Ours, Theirs
+from profiling.paper_runs import FIXED, STOPPED, Case
+from profiling.prompts import SETTINGS
 from profiling.shards import Shard
 
 
@@ -113,13 +113,12 @@ def prompt_texts(config: Config) -> tuple[list[str], str]:
     return texts[: config.limit], source
 
 
-def suites(session: Session) -> dict[str, list[Method]]:
+def suites(session: Session) -> dict[str, list[peers.System]]:
     """The methods of the paper with the peers, and the variants of the ablations; the baseline first in both."""
     decoder = session.decoder
-    ours = [Ours(name, decoder, decoder.plan(name)) for name in available_methods(decoder)]
-    found: dict[str, list[Method]] = {"paper": ours + [Theirs(peer) for peer in session.peers]}
+    found = {"paper": [*(peers.Own(decoder, name) for name in available_methods(decoder)), *session.peers]}
     if session.config.ablation_prompts:
-        found["ablations"] = list(ablations.variants(session.decoders))
+        found["ablations"] = ablations.variants(session.decoders)
     return found
 
 

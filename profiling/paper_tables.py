@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from profiling.paper_runs import BASELINE, FIXED
+from profiling.prompts import GREEDY, TOP_K
 
-GREEDY, TOP_K = "greedy", "top-k 50, T = 1"
 STAGES = ("oracle", "draft", "draft2")
 # Spector & Ré 2023 (arXiv 2308.04623), on an RTX 4090: tokens per second and memory traffic relative to the baseline
 PAPER = {

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
-from decoding.config import SamplingConfig
+from decoding.config import SamplingConfig, SpeculationConfig
 from decoding.decoder import StagedDecoder
 from decoding.text import StopStrings
 
@@ -26,6 +26,7 @@ class Peer(ABC):
     """One system with the oracle loaded. ``generate`` is all that a benchmark calls."""
 
     name: str
+    kind = "peer"  # of ours "method", or what an ablation varies
     greedy_only = True  # tokens can be compared with ours in greedy decoding alone, see ``profiling.peers``
 
     def __init__(self, name: str, context: int, tokenizer: Any):
@@ -58,33 +59,58 @@ class Peer(ABC):
         """Make ready for generations up to this length: call it with the longest one before any is timed."""
         self.generate(prompt_ids, max_new_tokens, sampling)
 
+    def columns(self) -> dict[str, Any]:
+        """What the latest generation counted, as columns of its row; only ours count."""
+        return {}
+
     @abstractmethod
     def _generate(self, prompt_ids, length, config: SamplingConfig, seed: int, stop: Stop, streamer) -> list[int]:
         """At most ``length`` new token ids; what follows a stop string is cut off by the caller."""
 
 
 class Own:
-    """A method of our decoder with the interface of a peer."""
+    """One shape of speculation of our decoder, with the interface of a peer."""
 
-    greedy_only = False  # a seed gives the same tokens with every method
+    greedy_only = False  # a seed gives the same tokens with every shape
 
-    def __init__(self, decoder: StagedDecoder, method: str):
-        self.name, self.decoder = method, decoder
+    def __init__(
+        self, decoder: StagedDecoder, name: str, config: SpeculationConfig | None = None, kind: str = "method"
+    ):
+        """``config`` None: the shape of the method ``name``. Raises ValueError where its stages are missing."""
+        self.decoder, self.name, self.kind = decoder, name, kind
+        self.config = decoder.plan(name) if config is None else config
 
     def generate(self, prompt_ids, max_new_tokens, sampling=None, stop=NEVER, streamer=None) -> list[int]:
         """As ``Peer.generate``."""
-        out = self.decoder.generate(
+        self.out = self.decoder.generate(
             prompt_ids,
             max_new_tokens,
-            method=self.name,
+            speculation=self.config,
             eos_token_id=list(stop.eos_token_ids) or None,
             ignore_eos=not stop.eos_token_ids,
             stop_strings=list(stop.strings) or None,
             streamer=streamer,
             **{"seed": 0} | (sampling or {}),
         )
-        return out.new_token_ids
+        return self.out.new_token_ids
 
     def warm_up(self, prompt_ids, max_new_tokens, sampling=None) -> None:
         """As ``Peer.warm_up``."""
         self.generate(prompt_ids, max_new_tokens, sampling)
+
+    def columns(self) -> dict[str, Any]:
+        """As ``Peer.columns``."""
+        stats = self.out.stats
+        stages = [s for s in (*self.decoder.lower, self.decoder.oracle) if s.name in (*self.config.stages, "oracle")]
+        return {
+            "finish": self.out.finish_reason,
+            "iteration": stats["iteration"],
+            "accepted": stats["accepted"],
+            "tried": stats["tried"],
+            "prefill_seconds": round(stats["prefill_seconds"], 6),
+            **{f"{stage.name}_passes": stage.passes for stage in stages},
+            **{f"{stage.name}_bytes": stage.bytes_moved for stage in stages},
+        }
+
+
+System = Own | Peer  # what is measured

@@ -35,9 +35,9 @@ from transformers import CompileConfig, GPT2LMHeadModel, StoppingCriteria, Stopp
 from decoding.compare import HFGenerate, first_difference
 from decoding.config import SamplingConfig
 from decoding.text import StopStrings, load_tokenizer
-from profiling.peer import NEVER, Own, Peer, Stop, Unavailable
+from profiling.peer import NEVER, Own, Peer, Stop, System, Unavailable
 
-__all__ = ["NAMES", "NEVER", "Own", "Peer", "Stop", "Unavailable", "defaults", "first_difference", "load"]
+__all__ = ["NAMES", "NEVER", "Own", "Peer", "Stop", "System", "Unavailable", "defaults", "first_difference", "load"]
 
 LOOKUP_TOKENS = 10  # what transformers' own candidate generator takes where nothing is said
 

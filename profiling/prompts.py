@@ -1,4 +1,5 @@
-"""Prompt sets: HumanEval and MBPP from a folder or the hub, as they are published, and a small set of our own."""
+"""Prompt sets: HumanEval and MBPP from a folder or the hub, as they are published, and a small set of our own; the two
+ways in which figures are decoded."""
 
 import argparse
 import gzip
@@ -7,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from decoding.compare import DEMO_PROMPTS
+
+GREEDY, TOP_K = "greedy", "top-k 50, T = 1"
+SETTINGS = {GREEDY: {}, TOP_K: {"do_sample": True, "top_k": 50, "temperature": 1.0}}  # arguments of ``generate``
 
 # Beginnings of the kind that HumanEval has, written for this project: no network, no data set.
 OWN = (

@@ -7,7 +7,7 @@ marks are what torch offers for the same work, and marks grow with the rows of t
 from pathlib import Path
 from typing import Any
 
-from profiling.markdown import OURS, WAITING
+from profiling.kernel_tables import OURS, WAITING
 
 NAMES = ("layer_norm_qkv", "tree_attention", "attn_proj", "mlp_fc_gelu", "mlp_proj", "lm_head", "pass")
 

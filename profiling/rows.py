@@ -100,10 +100,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def timed(timing: Timing, num_bytes: int, flops: int, copy_rate: float) -> dict[str, Any]:
     """Columns of a row that was timed; ``num_bytes`` are the least that the work moves, ``copy_rate`` is in bytes/s."""
     return {
-        "microseconds": timing.median * 1e6,
-        "microseconds_q20": timing.low * 1e6,
-        "microseconds_q80": timing.high * 1e6,
-        "method": timing.method,
+        **timing.columns,
         "bytes": num_bytes,
         "flops": flops,
         "gb_per_s": num_bytes / timing.median * 1e-9,

@@ -15,6 +15,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -24,8 +25,10 @@ from kernels import reference
 from kernels.layout import VOCAB_TILE, Sampling
 from profiling.flags import count
 from profiling.iteration import NODES, WIDTH, iteration
+from profiling.machine import signature
+from profiling.markdown import table
 from profiling.rows import Rows, about
-from profiling.timing import Timing, first_line, measure
+from profiling.timing import first_line, measure
 
 VOCAB = 50257
 PADDED = -(-VOCAB // VOCAB_TILE) * VOCAB_TILE
@@ -101,50 +104,40 @@ def flashinfer_sampler(num_rows: int, dtype: torch.dtype, device: torch.device) 
     return lambda: top_k_top_p_sampling_from_logits(contiguous, 50, 1.0)
 
 
-def keep(rows: Rows, operation: str, num_rows: int, implementation: str, timing: Timing) -> None:
-    """One timed row, and its line."""
-    row = rows.add(
-        operation=operation,
-        rows=num_rows,
-        implementation=implementation,
-        microseconds=timing.median * 1e6,
-        microseconds_q20=timing.low * 1e6,
-        microseconds_q80=timing.high * 1e6,
-        method=timing.method,
-    )
-    print(f"{operation:28} {num_rows:4} rows  {implementation:24} {row['microseconds']:9.2f} us", flush=True)
-
-
-def attempt(rows: Rows, operation: str, num_rows: int, implementation: str, make: Callable, device, samples) -> None:
+def attempt(
+    rows: Rows, device, samples: int, operation: str, num_rows: int, implementation: str, make: Callable
+) -> None:
     """Time what ``make`` builds; what it raises becomes a row."""
+    described = {"operation": operation, "rows": num_rows, "implementation": implementation}
     try:
-        keep(rows, operation, num_rows, implementation, measure([make() for _ in range(4)], device, samples))
+        timing = measure([make() for _ in range(4)], device, samples)
+        rows.add(**described, **timing.columns)
+        print(f"{operation:28} {num_rows:4} rows  {implementation:24} {timing.median * 1e6:9.2f} us", flush=True)
     except Exception as error:
-        rows.add(operation=operation, rows=num_rows, implementation=implementation, failure=first_line(error))
+        rows.add(**described, failure=first_line(error))
         print(f"{operation} {num_rows} rows {implementation}: FAILED, {first_line(error)}", flush=True)
 
 
 def benchmark(rows: Rows, ops: ModuleType, all_rows: list[int], dtype, device: torch.device, samples: int) -> None:
     """Every way to draw that is right, its comparators, then the operations of the tree."""
-    wrong = disagreement(ops, dtype, device, 8)
+    wrong, timed = disagreement(ops, dtype, device, 8), partial(attempt, rows, device, samples)
     for name, reason in wrong.items():
         rows.add(operation=f"draw, {name}", check="red" if reason else "ok", reason=reason)
         print(f"draw, {name}: {reason or 'ok'}", flush=True)
     for num_rows in all_rows:
+        inputs = num_rows, dtype, device
         for name, (sampling, children) in SAMPLINGS.items():
             if not wrong[name]:
-                make = lambda n=num_rows, s=sampling, c=children: draw_call(ops, n, dtype, device, s, c)  # noqa: E731
-                attempt(rows, f"draw, {name}", num_rows, "ours", make, device, samples)
-        make = lambda n=num_rows: torch_sampler(n, dtype, device)  # noqa: E731
-        attempt(rows, "draw, top-k 50", num_rows, "topk, softmax, multinomial", make, device, samples)
+                timed(f"draw, {name}", num_rows, "ours", partial(draw_call, ops, *inputs, sampling, children))
+        timed("draw, top-k 50", num_rows, "topk, softmax, multinomial", partial(torch_sampler, *inputs))
         if importlib.util.find_spec("flashinfer"):
-            make = lambda n=num_rows: flashinfer_sampler(n, dtype, device)  # noqa: E731
-            attempt(rows, "draw, top-k 50", num_rows, "FlashInfer", make, device, samples)
-    work = iteration(VOCAB, device, ops)
-    attempt(rows, "restore", NODES, "copy", lambda: iteration(VOCAB, device, ops).restore, device, samples)
+            timed("draw, top-k 50", num_rows, "FlashInfer", partial(flashinfer_sampler, *inputs))
+    made = partial(iteration, VOCAB, device, ops)
+    work = made()
+    timed("restore", NODES, "copy", lambda: made().restore)
     for name in work.calls:
-        make = lambda n=name: iteration(VOCAB, device, ops).calls[n]  # noqa: E731
-        attempt(rows, f"restore + {name}" if name in work.restored else name, WIDTH, "ours", make, device, samples)
+        named = f"restore + {name}" if name in work.restored else name
+        timed(named, WIDTH, "ours", lambda name=name: made().calls[name])
     rows.write_csv()
     rows.path("md").write_text(markdown(rows.document()), encoding="utf-8")
 
@@ -153,21 +146,20 @@ def markdown(document: dict) -> str:
     """The table of one run."""
     described = document["about"]
     title = "# Rehearsal: torch twins on a CPU, no result" if described["rehearsal"] else "# Between the passes"
-    lines = [
-        f"{title}\n",
-        f"{described['device']}, {described.get('dtype')}, vocabulary of {VOCAB}, torch {described['torch']}, "
-        f"Triton {described['triton']}, commit {described['commit']}, {described['date']}; `{described['command']}`.",
-        "Microseconds, median (quantiles 0.2 - 0.8), in a CUDA graph, the gap to the next launch included.\n",
-        "| operation | rows | implementation | µs |",
-        "| --- | ---: | --- | ---: |",
-    ]
+    lines = []
     for row in document["rows"]:
         if "microseconds" in row:
             spread = f"{row['microseconds']:.1f} ({row['microseconds_q20']:.1f} - {row['microseconds_q80']:.1f})"
-            lines.append(f"| {row['operation']} | {row['rows']} | {row['implementation']} | {spread} |")
+            lines.append([row["operation"], row["rows"], row["implementation"], spread])
     bad = [row for row in document["rows"] if "failure" in row or row.get("check") == "red"]
-    lines += [f"\nNot timed: {row['operation']}: {row.get('failure') or row.get('reason')}" for row in bad]
-    return "\n".join(lines) + "\n"
+    parts = [
+        title,
+        f"{described['device']}, {described.get('dtype')}, vocabulary of {VOCAB}, {signature(described, 'Triton')}.\n"
+        "Microseconds, median (quantiles 0.2 - 0.8), in a CUDA graph, the gap to the next launch included.",
+        table(["operation", "rows", "implementation", "µs"], lines, "lrlr"),
+        *(f"Not timed: {row['operation']}: {row.get('failure') or row.get('reason')}" for row in bad),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ torch.profiler, NVTX or Proton) may be opened around the same calls: on a GPU th
 import bisect
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
@@ -75,11 +75,14 @@ class Run(NamedTuple):
 
     def iterations(self) -> list[tuple[float, float]]:
         """Start and end of each: from the end of one verification to the end of the next."""
-        ends = [self.started]
-        for span, later in zip(self.spans, [*self.spans[1:], None], strict=True):
-            if span.name == VERIFY and (later is None or later.name != VERIFY):
-                ends.append(span.end)
+        ends = [self.started, *(self.spans[i].end for i in verified(self.spans))]
         return list(zip(ends, ends[1:], strict=False))
+
+
+def verified(found: Sequence) -> list[int]:
+    """Where iterations end: the index of the last span, or kernel, of each verification."""
+    names = [each.name for each in found]
+    return [i for i, pair in enumerate(zip(names, [*names[1:], None], strict=True)) if pair[0] == VERIFY != pair[1]]
 
 
 def part_of(name: str, stage: str) -> str:

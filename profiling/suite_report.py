@@ -6,6 +6,8 @@ import tarfile
 import zlib
 from pathlib import Path
 
+from profiling.machine import signature
+from profiling.markdown import number, table
 from profiling.rows import write_whole
 from profiling.suite_steps import Step
 
@@ -60,28 +62,18 @@ def summary(out: Path, document: dict, steps: list[Step], left_out: list[Path]) 
     facts, rows = document["about"], document["rows"]
     latest = {row["step"]: row for row in rows}
     title = "# Suite in miniature: toy sizes on a CPU, no result" if facts["rehearsal"] else "# Suite"
-    lines = [
-        title,
-        "",
-        f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}",
-    ]
-    lines[-1] += f", {facts['date']}; `{facts['command']}`"
+    lines = [title, "", f"{facts['device']}, {signature(facts, 'Triton')}"]
     names = [name for name in latest if name.startswith(TESTS)]
     failing = [test for name in names for test in failing_tests(out / "logs" / f"{name}.txt")]
     failed = [name for name, row in latest.items() if row["status"] != "ok"]
     if failing or failed:
         lines += ["", "## Failures", *(f"- {test}" for test in failing)]
         lines += [f"- {name}: {_ending(latest[name])}" for name in failed]
-    lines += [
-        "",
-        "## Steps",
-        "",
-        "| step | call | ended | seconds | of at most |",
-        "| --- | ---: | --- | ---: | ---: |",
+    ended = [
+        [row["step"], row["call"], _ending(row), number(row["seconds"], ".0f"), number(row["limit"], ".0f")]
+        for row in rows
     ]
-    for row in rows:
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        lines.append(f"| {row['step']} | {row['call']} | {_ending(row)} | {seconds} | {row['limit']:.0f} |")
+    lines += ["", "## Steps", "", table(["step", "call", "ended", "seconds", "of at most"], ended, "lrlrr")]
     for step in steps:
         if step.name not in latest:
             missing = [str(path.relative_to(out)) for path in step.needs if not path.exists()]

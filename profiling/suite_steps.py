@@ -133,7 +133,8 @@ def _microbenchmarks(flags: argparse.Namespace, seconds: float) -> list[Step]:
 def _training(flags: argparse.Namespace) -> list[Step]:
     oracle, draft, draft2 = (flags.out / "models" / name for name in ("oracle", "draft", "draft2"))
     made = (oracle / "model.safetensors", draft / "model.safetensors")
-    minutes = [share * flags.budget_minutes if given is None else given for share, given in _minutes(flags)]
+    shares = (0.3, flags.oracle_minutes), (0.15, flags.draft_minutes)
+    minutes = [share * flags.budget_minutes if given is None else given for share, given in shares]
     data = tuple(part for directory in flags.data or () for part in ("--data", directory))
     if flags.prompts:
         data += ("--exclude", str(flags.prompts / "humaneval" / "HumanEval.jsonl.gz"))
@@ -155,10 +156,6 @@ def _training(flags: argparse.Namespace) -> list[Step]:
         Step("train-draft", small, 1.0, made[:1], made[1:], goes_on=True),
         Step("build-draft2", table, 0.3, made, (draft2,)),
     ]
-
-
-def _minutes(flags: argparse.Namespace) -> tuple[tuple[float, float | None], ...]:
-    return (0.3, flags.oracle_minutes), (0.15, flags.draft_minutes)
 
 
 def _prompts(flags: argparse.Namespace) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ is idle time, inside iterations and between them. Bytes are arithmetic.
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 from collections import Counter
@@ -32,9 +31,10 @@ from decoding.compare import DEMO_PROMPTS, available_methods
 from profiling import chart, machine, prompts, timeline_tables, trace
 from profiling.flags import count, in_one_line
 from profiling.instruction_samples import INTERPRETER, owners, sampling
+from profiling.markdown import publish
+from profiling.prompts import SETTINGS
 from profiling.spans import PREFILL, Run, bytes_moved, generate, instrumented
 
-SETTINGS = {"greedy": {}, "top-k 50, T = 1": {"do_sample": True, "top_k": 50, "temperature": 1.0}}
 SHORT = 24  # tokens of a generation that only warms up or shows the order of kernels
 
 
@@ -262,8 +262,7 @@ def report(
     about, device = machine.describe(decoder.oracle.model.device), decoder.oracle.model.device.type
     conditions = (
         f"{1 if device == 'cuda' else num_prompts} prompts x {flags.tokens} tokens, {decoder.runtime}, "
-        f"{torch.get_num_threads()} threads; {about['device']}, torch {about['torch']}, commit {about['commit']}, "
-        f"{about['date']}; `{about['command']}`"
+        f"{torch.get_num_threads()} threads; {about['device']}, {machine.signature(about)}"
     )
     console = Console(highlight=False, soft_wrap=True)
     charts = {title: chart.draw(run, device) for title, run in shown.items()}
@@ -271,13 +270,10 @@ def report(
         console.print(title, style="bold")
         console.print(drawn)
     fullest = {setting: title for title in charts for setting in SETTINGS if title.startswith(setting)}.values()
-    table = timeline_tables.markdown(document, conditions, {title: charts[title].plain for title in fullest})
-    print(table)
-    if flags.out:
-        (flags.out / f"{device}.json").write_text(json.dumps({"about": about, **document}, indent=1) + "\n")
-        (flags.out / f"{device}.md").write_text(table)
-        if device == "cpu":
-            trace.write(flags.out / "trace.json.gz", shown, flags.iterations)
+    text = timeline_tables.markdown(document, conditions, {title: charts[title].plain for title in fullest})
+    publish(text, {"about": about, **document}, flags.out, device)
+    if flags.out and device == "cpu":
+        trace.write(flags.out / "trace.json.gz", shown, flags.iterations)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Markdown of ``profiling.timeline``: parts of an iteration, bytes beside GB/s, what the time outside is, charts."""
 
 from decoding.config import METHODS
+from profiling.markdown import number, table
 
 STRICT = """\
 "In" is whose code the thread was in, of its processor time, by samples of its instruction pointer; the C library \
@@ -16,8 +17,8 @@ def markdown(document: dict[str, list[dict]], conditions: str, charts: dict[str,
     for setting in dict.fromkeys(row["setting"] for row in document["rows"]):
         chosen = {name: [row for row in rows if row["setting"] == setting] for name, rows in document.items()}
         methods = [method for method in METHODS if any(row["method"] == method for row in chosen["rows"])]
-        lines += ["", f"## {setting}", "", *_parts(chosen["rows"], methods)]
-        lines += ["", *_facts(chosen["facts"], methods), "", *_traffic(chosen["traffic"])]
+        lines += ["", f"## {setting}", "", _parts(chosen["rows"], methods)]
+        lines += ["", _facts(chosen["facts"], methods), "", _traffic(chosen["traffic"])]
     if any("outside torch operators" in row for row in document["facts"]):
         lines += ["", STRICT]
     lines += ["", "## The iteration of median length, first prompt"]
@@ -26,41 +27,29 @@ def markdown(document: dict[str, list[dict]], conditions: str, charts: dict[str,
     return "\n".join(lines) + "\n"
 
 
-def _head(first: str, methods: list[str]) -> list[str]:
-    return [f"| {first} | {' | '.join(methods)} |", f"| --- |{' ---: |' * len(methods)}"]
-
-
-def _parts(rows: list[dict], methods: list[str]) -> list[str]:
-    lines = _head("part", methods)
+def _parts(rows: list[dict], methods: list[str]) -> str:
+    lines = []
     for part in [*sorted({row["part"] for row in rows} - {"total"}), "total"]:
         cells = []
         for method in methods:
             found = [row for row in rows if (row["method"], row["part"]) == (method, part)]
             cells.append(f"{found[0]['milliseconds']:.2f} ({found[0]['share']:.0%})" if found else "")
-        lines.append(f"| {part} | {' | '.join(cells)} |")
-    return lines
+        lines.append([part, *cells])
+    return table(["part", *methods], lines)
 
 
-def _facts(rows: list[dict], methods: list[str]) -> list[str]:
+def _facts(rows: list[dict], methods: list[str]) -> str:
     """Shares in percent, everything else as a number."""
     names = sorted({name for row in rows for name in row} - {"setting", "method"})
-    lines = _head("of an iteration", methods)
-    by_method = {row["method"]: row for row in rows}
+    lines, by_method = [], {row["method"]: row for row in rows}
     for name in names:
-        share = name.startswith(("in: ", "outside"))
-        values = [by_method[method].get(name, 0.0) for method in methods]
-        lines.append(f"| {name} | {' | '.join(f'{v:.0%}' if share else f'{v:.2f}' for v in values)} |")
-    return lines
+        form = ".0%" if name.startswith(("in: ", "outside")) else ".2f"
+        lines.append([name, *(number(by_method[method].get(name, 0.0), form) for method in methods)])
+    return table(["of an iteration", *methods], lines)
 
 
-def _traffic(rows: list[dict]) -> list[str]:
-    lines = [
-        "| method | stage | passes | MB by arithmetic | ms of its operations | GB/s |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['method']} | {row['stage']} | {row['passes']:.2f} | {row['megabytes']:.2f} | "
-            f"{row['milliseconds']:.2f} | {row['gb_per_s']:.2f} |"
-        )
-    return lines
+def _traffic(rows: list[dict]) -> str:
+    header = ["method", "stage", "passes", "MB by arithmetic", "ms of its operations", "GB/s"]
+    figures = ("passes", "megabytes", "milliseconds", "gb_per_s")
+    lines = [[row["method"], row["stage"], *(number(row[name]) for name in figures)] for row in rows]
+    return table(header, lines, "llrrrr")

@@ -28,6 +28,12 @@ class Timing(NamedTuple):
     high: float
     method: str  # "graph", "events" (graph capture failed) or "perf_counter"
 
+    @property
+    def columns(self) -> dict[str, float | str]:
+        """As columns of a row."""
+        microseconds = {"microseconds": self.median, "microseconds_q20": self.low, "microseconds_q80": self.high}
+        return {name: seconds * 1e6 for name, seconds in microseconds.items()} | {"method": self.method}
+
 
 class Ceilings(NamedTuple):
     """What this device reaches on the simplest work of each kind."""

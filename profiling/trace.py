@@ -6,6 +6,7 @@ iteration a kernel belongs to the range that its launch lies in. In a replayed C
 kernels are matched, in order and by name, with those of one eager iteration.
 """
 
+import bisect
 import gzip
 import json
 from collections import Counter
@@ -13,7 +14,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
-from profiling.spans import PREFILL, VERIFY, Run, Span, unlabel
+from profiling.spans import PREFILL, VERIFY, Run, Span, unlabel, verified
 
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 HOST_CALLS = ("cuda_runtime", "cuda_driver")
@@ -90,11 +91,8 @@ def _args(event: dict) -> bool:
 
 def _range_at(launch: dict, ranges: list[dict]) -> tuple[str, str]:
     """Of the ranges that are open at the launch, the one that began last."""
-    low, high = 0, len(ranges)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if ranges[middle]["ts"] <= launch["ts"] else (low, middle)
-    for around in reversed(ranges[:low]):
+    begun = bisect.bisect_right(ranges, launch["ts"], key=lambda event: event["ts"])
+    for around in reversed(ranges[:begun]):
         if around["ts"] + around["dur"] >= launch["ts"]:
             return unlabel(around["name"])
     return UNKNOWN, UNKNOWN
@@ -105,16 +103,12 @@ def eager_iteration(found: list[Kernel]) -> list[Kernel]:
 
     Raises ValueError where there is none.
     """
-    ends = [i for i, kernel in enumerate(found) if kernel.name == VERIFY and _ends(found, i)]
+    ends = verified(found)
     for first, last in reversed(list(zip(ends, ends[1:], strict=False))):
         iteration = found[first + 1 : last + 1]
         if any(kernel.part != UNKNOWN and kernel.name != VERIFY for kernel in iteration):
             return iteration
     raise ValueError("the trace has no whole iteration with ranges around its launches")
-
-
-def _ends(found: list[Kernel], index: int) -> bool:
-    return index + 1 == len(found) or found[index + 1].name != VERIFY
 
 
 def matched(found: list[Kernel], pattern: list[Kernel]) -> list[Kernel]:
@@ -145,7 +139,7 @@ def matched(found: list[Kernel], pattern: list[Kernel]) -> list[Kernel]:
 
 def device_run(found: list[Kernel], stats: dict, bytes_moved: dict[str, int]) -> Run:
     """The whole iterations of labelled kernels; where one begins before another has ended, only the rest counts."""
-    ends = [i for i, kernel in enumerate(found) if kernel.name == VERIFY and _ends(found, i)]
+    ends = verified(found)
     assert len(ends) > 1, f"a run of {len(ends)} iterations has no whole one between two verifications"
     spans, latest = [], found[ends[0]].end
     for kernel in found[ends[0] + 1 : ends[-1] + 1]:

@@ -13,7 +13,7 @@ import torch
 
 from decoding import StagedDecoder
 from decoding.compare import HFGenerate, compare
-from profiling import latency, memory, peers, prompts
+from profiling import latency, machine, peers, prompts
 from profiling.latency import Burst, Measurement, Runs
 from tests.helpers import hf_model, random_tokens
 
@@ -136,16 +136,16 @@ def test_prompts_are_cut_or_joined_to_a_length():
 
 def test_peak_memory_sees_what_was_freed_again():
     """80 MB that are written and freed count until the next reset, where the kernel allows one."""
-    memory.reset(CPU)
-    before = memory.peak(CPU)["peak_rss"]
+    machine.reset_memory(CPU)
+    before = machine.peak_memory(CPU)["peak_rss"]
     with mmap.mmap(-1, 80_000_000) as fresh:  # never a part of what the process has freed and kept
         for page in range(0, len(fresh), mmap.PAGESIZE):
             fresh[page] = 1
-    held = memory.peak(CPU)["peak_rss"]
+    held = machine.peak_memory(CPU)["peak_rss"]
     assert before + 60e6 < held < before + 120e6
-    memory.reset(CPU)
+    machine.reset_memory(CPU)
     if os.access("/proc/self/clear_refs", os.W_OK):
-        assert memory.peak(CPU)["peak_rss"] == pytest.approx(before, abs=30e6)
+        assert machine.peak_memory(CPU)["peak_rss"] == pytest.approx(before, abs=30e6)
 
 
 @pytest.fixture(scope="module")

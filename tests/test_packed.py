@@ -13,7 +13,7 @@ from kernels.reference import attention, linear, matrices
 from kernels.reference.epilogue import NO_RESIDUAL, finish
 from kernels.reference.matrices import Packed
 from model.quantization import quantize_matrix
-from profiling.free_rows import free_rows
+from profiling.demo import free_rows
 from tests.helpers import assert_same_rows
 
 ENGINES = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]

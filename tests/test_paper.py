@@ -19,11 +19,11 @@ from decoding.execution import MAX_PLANS, Captured
 from kernels.reference import matrices
 from model import bundle
 from profiling import ablations, dram, paper, paper_session, paper_tables, prompts
-from profiling.demo import SETTINGS, unpadded_row
-from profiling.paper_runs import FIXED, STOPPED, Case, Ours, OwnGap, TokensDiffer, digest, run_case
+from profiling.demo import unpadded_row
+from profiling.paper_runs import FIXED, STOPPED, Case, OwnGap, TokensDiffer, digest, run_case
 from profiling.paper_session import Config
-from profiling.paper_tables import GREEDY, TOP_K
-from profiling.peers import NEVER
+from profiling.peers import NEVER, Own
+from profiling.prompts import GREEDY, SETTINGS, TOP_K
 from profiling.shards import Shard
 from tests.helpers import hf_model, random_tokens, tiny_gpt2
 from tests.recorded_graph import RecordedGraph
@@ -36,6 +36,8 @@ GAP = SimpleNamespace(model=SimpleNamespace(device=CPU), top_two_gap=lambda text
 class Says:
     """A method that always gives the same tokens and notes when it was asked."""
 
+    greedy_only = False
+
     def __init__(self, name: str, tokens: list[int], kind: str = "method", log: list | None = None):
         self.name, self.tokens, self.kind, self.log = name, tokens, kind, [] if log is None else log
 
@@ -45,9 +47,6 @@ class Says:
 
     def columns(self):
         return {}
-
-    def is_comparable(self, setting):
-        return True
 
 
 def row(prompt: int, method: str, tokens: int, seconds: float, **columns) -> dict:
@@ -182,7 +181,7 @@ def config(models, tmp_path) -> Config:
 every_variant = ablations.variants
 
 
-def few_variants(decoders: dict[str, StagedDecoder]) -> list[Ours]:
+def few_variants(decoders: dict[str, StagedDecoder]) -> list[Own]:
     return [variant for variant in every_variant(decoders) if variant.kind not in ("chain", "draft2")][:4]
 
 
@@ -225,13 +224,13 @@ def test_a_whole_run_writes_every_figure_and_resumes(config, monkeypatch):
 
 def test_a_wrong_method_ends_the_run_without_a_report(config, monkeypatch, capsys):
     """The command says which prompt, exits 1, and writes no figure."""
-    true = Ours.generate
+    true = Own.generate
 
-    def tampered(self, ids, num_tokens, sampling, stop):
-        new = true(self, ids, num_tokens, sampling, stop)
+    def tampered(self, *arguments):
+        new = true(self, *arguments)
         return [*new[:-1], new[-1] ^ 1] if self.name == "tree" and new else new
 
-    monkeypatch.setattr(Ours, "generate", tampered)
+    monkeypatch.setattr(Own, "generate", tampered)
     arguments = ["paper", "--quick", "--oracle", config.oracle, "--draft", config.draft[0], "--out", str(config.out)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--peers", "--ablation-prompts", "0"])
     assert paper.main() == 1

@@ -19,7 +19,7 @@ from profiling import roofline, timing
 from profiling.calls import check, make_calls, relative_error, run, take_rows
 from profiling.comparators import as_rows, comparators
 from profiling.cost import MACHINES
-from profiling.markdown import WAITING, kernel_tables
+from profiling.kernel_tables import WAITING, kernel_tables
 from profiling.shapes import SHAPES, Shape
 from profiling.tiles import MAX_WASTE, candidates, shared_bytes
 from profiling.tune import WEIGHTS, Task, save, using

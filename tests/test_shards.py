@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from profiling.paper_runs import FIXED, Case
-from profiling.paper_tables import GREEDY
+from profiling.prompts import GREEDY
 from profiling.shards import Journal, Shard, merged
 
 ROOT = Path(__file__).parent.parent
