@@ -12,7 +12,9 @@ from kernels.reference import TREE_SHAPE, new_seed
 
 MAX_WIDTH = 1024  # nodes that one launch selects, and rounds
 MAX_NODES = 2**16  # that a tree has room for, those kept from the iteration before included
+MAX_ROOM = 2**14  # rows for nodes in a pass, which paths of 64 places in one block of Triton's allow
 LEAST_TEMPERATURE = 1e-15  # and tau: logits over the product of two less leave float32
+MOST_TEMPERATURE = 1e15  # and tau: the product of two more is infinite in float32
 METHODS = ("baseline", "speculative", "tree", "staged")
 
 
@@ -31,8 +33,8 @@ class SamplingConfig:
         _require_number(
             "temperature",
             self.temperature,
-            lambda value: value == 0 or value >= LEAST_TEMPERATURE,
-            f"that is 0 or finite and at least {LEAST_TEMPERATURE}",
+            lambda value: value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
+            f"that is 0 or in [{LEAST_TEMPERATURE:g}, {MOST_TEMPERATURE:g}]",
         )
         if self.top_k is not None:
             _require_integer("top_k", self.top_k, lambda value: value >= 0, "at least 0")
@@ -101,7 +103,8 @@ class SpeculationConfig:
                 _require_integer(name, value, lambda v, most=most: 1 <= v <= most, f"in [1, {most}]")
         _require_integer("budget", self.budget, lambda v: 0 <= v < MAX_WIDTH, f"in [0, {MAX_WIDTH - 1}]")
         _require_integer("max_depth", self.max_depth, lambda v: 1 <= v <= DEPTH_LIMIT, f"in [1, {DEPTH_LIMIT}]")
-        _require_number("tau", self.tau, lambda v: v >= LEAST_TEMPERATURE, f"at least {LEAST_TEMPERATURE}")
+        least, most = LEAST_TEMPERATURE, MOST_TEMPERATURE
+        _require_number("tau", self.tau, lambda v: least <= v <= most, f"in [{least:g}, {most:g}]")
         _require_number("min_prob", self.min_prob, lambda v: 0 <= v < 1, "in [0, 1)")
         require_bool("shared_noise", self.shared_noise)
         if self.capacity > MAX_NODES:
@@ -139,13 +142,13 @@ class SpeculationConfig:
         whose cache has them then, or by one between it and the oracle, or from what the oracle drew before. A node to
         score is at most at depth ``max_depth`` - 1, so its path has at most ``max_depth`` - 2 nodes between the root
         and itself. The topmost stage has no other above it; what a table answers in its place finds room where a block
-        of ROW_BLOCK rows has some left. One row less for the oracle, stage ``len(stages)``, which always scores the
+        of ROW_BLOCK rows has some left; nodes without room wait. One row less for the oracle, stage ``len(stages)``, which always scores the
         root, the last of the committed tokens: 16 nodes take 16 rows and fill one block.
         """
         if index == len(self.stages):
             return max(0, num_nodes - 1) if self.budget else num_nodes
         if index < len(self.stages) - 1:
-            return num_nodes + min(self.capacity, self.widths[index] * max(0, self.max_depth - 2))
+            return min(MAX_ROOM, num_nodes + min(self.capacity, self.widths[index] * max(0, self.max_depth - 2)))
         return num_nodes + (-(num_head + num_nodes) % ROW_BLOCK if index else 0)
 
 

@@ -275,9 +275,10 @@ def linear(
         raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {activation!r}")
     if num_rows < 1:
         raise ValueError("x must have at least one row, got 0")
-    if (out.dtype, out.device, len(out)) != (dtype, device, num_rows) or out.stride(-1) != 1:
+    columns = num_outputs if scatter is None else num_outputs // 3
+    if (out.dtype, out.device, len(out), out[0].numel()) != (dtype, device, num_rows, columns) or out.stride(-1) != 1:
         raise ValueError(
-            f"out must hold {num_rows} rows of {dtype} and stride 1 on {device}, "
+            f"out must hold {num_rows} rows of {columns} {dtype}, stride 1, on {device}, "
             f"got {out.dtype} {list(out.shape)}, strides {out.stride()} on {out.device}"
         )
     arch = architecture(device)

@@ -130,6 +130,8 @@ def stage_rows(
     require("reach", reach, (None,), torch.int32, device)
     require_progress(progress, device)
     require_chain(chain, capacity, device)
+    if not 0 <= cache < len(chain.page_tables):
+        raise ValueError(f"cache must be one of {len(chain.page_tables)} rows of the chain, got {cache}")
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)

@@ -225,7 +225,7 @@ def draw(
         "log_probs_ptr": log_probs,
         "child_log_probs_ptr": child_log_probs,
         "temperature": float(sampling.temperature),
-        "top_p": float(sampling.top_p),
+        "top_p": max(float(sampling.top_p), torch.finfo(torch.float32).tiny),  # never no mass at all: one token stays
         "log_min_p": math.log(sampling.min_p) if sampling.min_p > 0 else -torch.finfo(torch.float32).max,
         "tau": float(tau),
     }

@@ -161,7 +161,7 @@ def insert(
     score = tl.load(scores_ptr + entry, mask=exists, other=float("-inf"))
     depth = tl.load(depths_ptr + node, mask=exists, other=0)
     num_nodes = tl.load(num_nodes_ptr)
-    valid = exists & (score > float("-inf")) & (depth < tl.load(max_depth_ptr))
+    valid = exists & (score > float("-inf")) & (depth < tl.minimum(tl.load(max_depth_ptr), PATH - 1))
     tl.store(failed_ptr, stage + 1, mask=tl.max((exists & (score != score)).to(tl.int32)) > 0)
     level = tl.full((BLOCK_ENTRIES,), stage, tl.int32)
     if levels_ptr is not None:

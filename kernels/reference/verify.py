@@ -104,7 +104,7 @@ def _walk(tree, rows, drawn, max_accepted, eos):
         found = -1
         for row in range(1, len(rows)):
             node = rows[row]
-            if node > 0 and tree.parents[node] == rows[at] and tree.tokens[node] == drawn[at]:
+            if found < 0 and node > 0 and tree.parents[node] == rows[at] and tree.tokens[node] == drawn[at]:
                 found = row
         if found < 0:
             break
