@@ -142,8 +142,8 @@ class SpeculationConfig:
         whose cache has them then, or by one between it and the oracle, or from what the oracle drew before. A node to
         score is at most at depth ``max_depth`` - 1, so its path has at most ``max_depth`` - 2 nodes between the root
         and itself. The topmost stage has no other above it; what a table answers in its place finds room where a block
-        of ROW_BLOCK rows has some left; nodes without room wait. One row less for the oracle, stage ``len(stages)``, which always scores the
-        root, the last of the committed tokens: 16 nodes take 16 rows and fill one block.
+        of ROW_BLOCK rows has some left; nodes without room wait. One row less for the oracle, stage ``len(stages)``,
+        which always scores the root, the last of the committed tokens: 16 nodes take 16 rows and fill one block.
         """
         if index == len(self.stages):
             return max(0, num_nodes - 1) if self.budget else num_nodes
