@@ -19,6 +19,7 @@ from decoding.display import coloured, legend, print_comparison, stage_styles
 from decoding.planner import search
 from kernels.reference.compiled import is_cold
 from model import quantization, weights
+from model.signals import interrupts
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
 
@@ -29,7 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"staged: {message}", file=sys.stderr)
-            flags.run(flags)
+            with interrupts():
+                flags.run(flags)
         sys.stdout.flush()
     except BrokenPipeError:  # a reader like head has seen enough; rich ends in the same way, with the same code
         with suppress(OSError, ValueError):  # where standard output is no file there is nothing left to flush

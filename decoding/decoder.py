@@ -28,7 +28,9 @@ from decoding.plan import Plan
 from decoding.stages import GPT2Stage, KatzStage, Stage
 from kernels.layout import SuccessorTable, aligned
 from model import quantization, runtime, weights
+from model.capture import on_default_stream
 from model.gpt2 import GPT2
+from model.signals import interrupts
 
 BUNDLED = Path(__file__).resolve().parent.parent / "model" / "bundled"
 
@@ -185,7 +187,7 @@ class StagedDecoder:
         config = self.plan(method) if speculation is None else speculation
         lower = [self._stage(name) for name in config.stages]
         rule = sampling.with_seed(seed)
-        with _exclusively([*lower, self.oracle]):
+        with interrupts(), _exclusively([*lower, self.oracle]), on_default_stream(self.oracle.device):
             generation = Generation(lower, self.oracle, prompt_ids, rule, limits, config, self.execution)
             try:
                 return self._drain(generation, prompt_ids, seed, stops, streamer)

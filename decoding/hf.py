@@ -53,12 +53,13 @@ def staged_generate(
     def generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         _refuse_what_is_not_computed(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
         if id(model) not in decoders:
-            decoder = StagedDecoder.from_pretrained(
+            made = StagedDecoder.from_pretrained(
                 model, draft=draft, draft2=draft2, device=model.device, dtype=model.dtype
             )
-            decoders[id(model)] = (model, decoder)
-        eos = generation_config.eos_token_id
-        out = decoders[id(model)][1].generate(
+            decoders[id(model)] = (model, made)
+        decoder, eos = decoders[id(model)][1], _values(generation_config.eos_token_id)
+        eos = sorted(token for token in eos if 0 <= token < decoder.oracle.vocab_size)  # others are never drawn
+        out = decoder.generate(
             input_ids,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             do_sample=generation_config.do_sample,
@@ -68,7 +69,7 @@ def staged_generate(
             min_p=_or(generation_config.min_p, 0.0),
             seed=int(torch.randint(2**62, ())) if seed is None else seed,
             eos_token_id=eos,
-            ignore_eos=eos is None,
+            ignore_eos=not eos,
             streamer=streamer,
             method=method,
         )

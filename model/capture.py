@@ -4,12 +4,15 @@ What runs is the same kernels with the same arguments, so the bits are the same;
 driver calls between them.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 
 NUM_WARM_UPS = 2  # the first compiles kernels and allocates what outlives a call, both of which a capture forbids
+_capturing = threading.Lock()  # torch synchronises the device before a capture, which another's capture forbids
 
 
 class Graph(Protocol):
@@ -34,7 +37,7 @@ class CudaGraph:
 
     def capture(self, run: Callable[[], None]) -> None:
         """Warm up on the current stream, where launches of other threads wait their turn, then capture on another."""
-        with torch.cuda.device(self._device):
+        with _capturing, torch.cuda.device(self._device):
             for _ in range(NUM_WARM_UPS):
                 run()
             with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
@@ -42,3 +45,22 @@ class CudaGraph:
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+@contextmanager
+def on_default_stream(device: torch.device) -> Iterator[None]:
+    """Work goes to the default stream of a CUDA device, after what the caller's own stream holds, which waits for it.
+
+    Launches count arrivals in one set of counters (``kernels.gpu.launch.arrivals``), and what a generation launched
+    ahead may still run when the next one begins, so all of them must be in one line, whatever streams threads use.
+    """
+    if device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        yield
+        return
+    own, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(own)
+    try:
+        with torch.cuda.stream(default):
+            yield
+    finally:
+        own.wait_stream(default)

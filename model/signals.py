@@ -27,6 +27,20 @@ class End:
 
 
 @contextmanager
+def interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt here even where it lands in a call of numba's, which makes SystemErrors of it."""
+    try:
+        yield
+    except SystemError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise KeyboardInterrupt from error
+
+
+@contextmanager
 def handled(wanted: dict[int, Callable]) -> Iterator[None]:
     """Signals are handled so, but for those that the process ignores; only in the main thread, no other can."""
     if threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,7 @@
 """Load GPT-2 weights: a directory that ``save_pretrained`` wrote, a hub id, or a model in memory. Strict by design."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,18 @@ from safetensors import safe_open
 from kernels.layout import aligned
 from model.config import GPT2Config, eos_token_ids
 
+# Of a generation config: what would change greedy text, and the value that does not.
+_RULES = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "penalty_alpha": 0.0,
+    "guidance_scale": 1.0,
+}
+_RULES |= dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"))
+_RULES |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"))
 # Buffers that old checkpoints carry: causal masks, not weights.
 _MASKS = (".attn.bias", ".attn.masked_bias")
 _FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -97,17 +110,22 @@ def load(source: Any, dtype: torch.dtype, device: torch.device | str) -> tuple[G
     """
     if hasattr(source, "state_dict"):
         config = GPT2Config.from_hf(source.config.to_dict())
-        eos = getattr(getattr(source, "generation_config", None), "eos_token_id", None)
-        return _with_eos(config, eos), from_state_dict(config, source.state_dict(), dtype, device)
+        rules = getattr(source, "generation_config", None)
+        state, generation = source.state_dict(), {} if rules is None else rules.to_dict()
+        return _with_generation(config, generation), from_state_dict(config, state, dtype, device)
     source = Path(source)
     config = GPT2Config.from_hf(_read_json(source / "config.json"))
-    generation = source / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-    return _with_eos(config, eos), from_state_dict(config, _read_tensors(source), dtype, device)
+    rules = source / "generation_config.json"
+    config = _with_generation(config, _read_json(rules) if rules.is_file() else {})
+    return config, from_state_dict(config, _read_tensors(source), dtype, device)
 
 
-def _with_eos(config: GPT2Config, eos: int | list[int] | None) -> GPT2Config:
-    """The generation config's end-of-text tokens come before the model's, as in transformers."""
+def _with_generation(config: GPT2Config, generation: dict[str, Any]) -> GPT2Config:
+    """The generation config's end-of-text tokens come before the model's, as in transformers. Warns of its rules."""
+    unused = {name: generation[name] for name, off in _RULES.items() if generation.get(name, off) not in (off, None)}
+    if unused:
+        warnings.warn(f"the generation config asks for what is not applied here: {unused}", stacklevel=3)
+    eos = generation.get("eos_token_id")
     return config if eos is None else replace(config, eos_token_ids=eos_token_ids(eos, config.vocab_size))
 
 
@@ -124,17 +142,15 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    files = sorted(directory.glob("*.safetensors"))
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
+    """All tensors of a checkpoint: as in transformers, one file goes before shards."""
+    files, index = [directory / "model.safetensors"], directory / "model.safetensors.index.json"
+    if not files[0].is_file():
+        if not index.is_file():
+            raise ValueError(f"{directory} holds no model.safetensors, nor {index.name} with shards")
         names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"{index} must map names of weights to files, got weight_map {names!r}")
         files = [directory / name for name in sorted({*names.values()})]
-    elif len(files) > 1:
-        raise ValueError(f"{directory} holds {len(files)} safetensors files and no model.safetensors.index.json")
-    if not files:
-        raise ValueError(f"{directory} holds no model.safetensors")
     tensors = {}
     for file in files:
         try:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from decoding import SpeculationConfig, StagedDecoder
+from decoding.stages import GPT2Stage
 from decoding.text import load_tokenizer
 from tests.test_lossless import VOCAB, tiny_model
 
@@ -308,3 +309,20 @@ def test_inference_mode_of_the_caller_does_not_matter():
     outside = decoder.generate([1, 2], max_new_tokens=6)
     assert inside.new_token_ids == outside.new_token_ids
     outside.sequences[0, 0] = 3
+
+
+@pytest.mark.parametrize("is_interrupt", [True, False])
+def test_an_interrupt_within_compiled_loops_is_an_interrupt(is_interrupt, tiny, monkeypatch):
+    """numba's dispatcher makes a SystemError of Ctrl-C; any other of those stays one, and the decoder stays usable."""
+
+    def fail(*_):
+        try:
+            raise KeyboardInterrupt if is_interrupt else ValueError
+        except BaseException as error:
+            raise SystemError from error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GPT2Stage, "score", fail)
+        with pytest.raises(KeyboardInterrupt if is_interrupt else SystemError):
+            tiny.generate([1, 2, 3], 4)
+    assert len(tiny.generate([1, 2, 3], 4).new_token_ids) == 4

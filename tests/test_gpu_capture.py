@@ -4,6 +4,7 @@ In the interpreter the stand-in of ``recorded_graph`` replays by calling what it
 a GPU the same tests use CUDA graphs, and torch raises where the host would wait for the device.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -111,3 +112,17 @@ def _pipeline(trio: StagedDecoder, arguments: dict):
     trio.execution = Watching(new_graph)
     trio.generate(**arguments, seed=4)
     return started[0]
+
+
+@pytest.mark.gpu
+def test_generations_of_two_streams_stand_in_one_line():
+    """Two threads, a decoder and a stream each: the texts that they give one after the other."""
+    decoders = [StagedDecoder.from_pretrained(device=DEVICE, graphs=True) for _ in range(2)]
+
+    def texts(decoder: StagedDecoder) -> list:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [said(decoder.generate("import os", 60, seed=seed, **SAMPLED)) for seed in range(5)]
+
+    wanted = texts(decoders[0])
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(texts, decoders)) == [wanted, wanted]

@@ -28,6 +28,17 @@ def test_custom_generate_of_transformers(arguments):
         run(custom_generate=function, repetition_penalty=1.5)
 
 
+@pytest.mark.parametrize("as_given", [lambda *ids: torch.tensor(ids), lambda *ids: [*ids, 50256, -1]])
+def test_custom_generate_takes_ends_of_text_as_transformers_does(as_given):
+    """Tensors and lists, with ids that no text can hold."""
+    model, ids = tiny_model(0, 2), torch.tensor([[5, 6, 7]])
+    arguments = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "max_new_tokens": 12}
+    ends = as_given(*model.generate(ids, **arguments, eos_token_id=None)[0, [7, 9]].tolist())
+    wanted = model.generate(ids, **arguments, eos_token_id=ends)
+    assert torch.equal(model.generate(ids, custom_generate=staged_generate(), **arguments, eos_token_id=ends), wanted)
+    assert wanted.shape[1] < 15
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [

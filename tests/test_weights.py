@@ -1,6 +1,7 @@
 """The loader takes every form of a GPT-2 checkpoint and refuses, by name, every one it would compute wrongly."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,11 +96,31 @@ def test_sharded_checkpoint(checkpoint, tmp_path):
 
 
 def test_shards_without_an_index(tmp_path):
-    """Without the index it is not known which files belong together."""
+    """Without the index it is not known which files belong together; nor is any other file the model."""
     hf_model(**SHAPE).save_pretrained(tmp_path, max_shard_size="100KB")
     (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(ValueError, match=r"safetensors files and no model\.safetensors\.index\.json"):
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors, nor model\.safetensors\.index"):
         load32(tmp_path)
+
+
+def test_one_file_goes_before_shards(copied, checkpoint):
+    """As in transformers, where a model was saved once in one file and once in several."""
+    directory = copied(**SHAPE)
+    hf_model(**SHAPE | {"n_layer": 1}).save_pretrained(directory / "shards", max_shard_size="100KB")
+    for path in (directory / "shards").glob("model*"):
+        path.rename(directory / path.name)
+    assert_same_weights(load32(directory)[1], load32(checkpoint(**SHAPE))[1])
+
+
+def test_rules_of_a_generation_config_are_told(copied):
+    """What would change greedy text and is not applied is named in a warning, in a folder and in memory."""
+    directory, model = copied(**SHAPE), copy.deepcopy(hf_model(**SHAPE))
+    rules = {"repetition_penalty": 1.5, "num_beams": 1, "eos_token_id": 3}
+    (directory / "generation_config.json").write_text(json.dumps(rules))
+    model.generation_config.no_repeat_ngram_size = 2
+    for source, name in ((directory, "repetition_penalty"), (model, "no_repeat_ngram_size")):
+        with pytest.warns(UserWarning, match=f"not applied here: {{'{name}'"):
+            load32(source)
 
 
 def test_missing_shard(tmp_path):
