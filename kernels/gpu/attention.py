@@ -17,7 +17,7 @@ import triton.language as tl
 
 from kernels.gpu.arrival import arrive
 from kernels.gpu.config import AttentionTiles, attention_tiles
-from kernels.gpu.early import prefetch_lines, starts_early, wait_for_previous
+from kernels.gpu.early import prefetch_keys, starts_early, wait_for_previous
 from kernels.gpu.launch import architecture, arrivals, cdiv, is_amd, launch
 from kernels.gpu.route import Route
 from kernels.layout import DEPTH_LIMIT, TAIL_ALIGNMENT, TAIL_LANES
@@ -131,48 +131,6 @@ def _leave(mixed_ptr, maxima_ptr, sums_ptr, state, mask_row, maximum, total, mix
     tl.store(mixed_ptr + state[:, None] * D + tl.arange(0, D)[None, :], mixed, mask=mask_row[:, None])
 
 
-@triton.jit
-def _prefetch_keys(
-    k_head_ptr,
-    v_head_ptr,
-    page_table_ptr,
-    sequences_ptr,
-    positions_ptr,
-    tail_slots_ptr,
-    first,  # row of the block, or of the tails
-    num_slots,
-    stride_table,
-    part,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    LANES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
-    """Ask for the keys and values of a part's first window, or of a row's tail, in the L2 cache, before the wait.
-
-    Where they lie was written at least two launches ago in a pass, and so has been by rules 2 and 3 of
-    ``kernels.gpu.early``; slots of a ``route`` that comes right before may still be anything. What the launch before is
-    about to write, the newest rows, is asked for in vain.
-    """
-    sequence = tl.load(sequences_ptr + first, cache_modifier=".cg")
-    position = tl.load(positions_ptr + first, cache_modifier=".cg")
-    end = tl.maximum(position - DEPTH, 0) // ALIGNMENT * ALIGNMENT
-    lane = tl.arange(0, WINDOW)
-    place, of_tail = part * WINDOW + lane, part >= PARTS
-    page_ptr = page_table_ptr + sequence * stride_table + place // PAGE_SIZE
-    found_ptr = tl.where(of_tail, tail_slots_ptr + first * LANES + lane, page_ptr)
-    exists = tl.where(of_tail, lane < LANES, place < end)
-    found = tl.load(found_ptr, mask=exists, other=0, cache_modifier=".cg")
-    slot = tl.where(of_tail, found, found * PAGE_SIZE + place % PAGE_SIZE)
-    live = exists & (slot >= PAGE_SIZE) & (slot < num_slots)
-    prefetch_lines(k_head_ptr, slot.to(tl.int64) * C, live, D)
-    prefetch_lines(v_head_ptr, slot.to(tl.int64) * C, live, D)
-
-
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "num_sequences", "stride_table", "scale"])
 def _tree_attention_kernel(
     q_ptr,  # [N, H, D]
@@ -216,7 +174,7 @@ def _tree_attention_kernel(
     first = block * BLOCK_ROWS
     tail_first = first + (part - PARTS) * TAIL_ROWS
     if starts_early():
-        _prefetch_keys(
+        prefetch_keys(
             k_head_ptr,
             v_head_ptr,
             page_table_ptr,

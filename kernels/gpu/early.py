@@ -60,7 +60,49 @@ def prefetch_rows(base_ptr, row, start, ROWS: tl.constexpr, STRIDE: tl.constexpr
 
 
 @triton.jit
-def prefetch_lines(base_ptr, offs, mask, COUNT: tl.constexpr):
+def prefetch_keys(
+    k_head_ptr,
+    v_head_ptr,
+    page_table_ptr,
+    sequences_ptr,
+    positions_ptr,
+    tail_slots_ptr,
+    first,  # row of the block, or of the tails
+    num_slots,
+    stride_table,
+    part,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """Ask for the keys and values of a part's first window, or of a row's tail, in the L2 cache, before the wait.
+
+    Where they lie was written at least two launches ago in a pass, and so has been by rules 2 and 3; slots of a
+    ``route`` that comes right before may still be anything. What the launch before is about to write, the newest rows,
+    is asked for in vain.
+    """
+    sequence = tl.load(sequences_ptr + first, cache_modifier=".cg")
+    position = tl.load(positions_ptr + first, cache_modifier=".cg")
+    end = tl.maximum(position - DEPTH, 0) // ALIGNMENT * ALIGNMENT
+    lane = tl.arange(0, WINDOW)
+    place, of_tail = part * WINDOW + lane, part >= PARTS
+    page_ptr = page_table_ptr + sequence * stride_table + place // PAGE_SIZE
+    found_ptr = tl.where(of_tail, tail_slots_ptr + first * LANES + lane, page_ptr)
+    exists = tl.where(of_tail, lane < LANES, place < end)
+    found = tl.load(found_ptr, mask=exists, other=0, cache_modifier=".cg")
+    slot = tl.where(of_tail, found, found * PAGE_SIZE + place % PAGE_SIZE)
+    live = exists & (slot >= PAGE_SIZE) & (slot < num_slots)
+    _prefetch_lines(k_head_ptr, slot.to(tl.int64) * C, live, D)
+    _prefetch_lines(v_head_ptr, slot.to(tl.int64) * C, live, D)
+
+
+@triton.jit
+def _prefetch_lines(base_ptr, offs, mask, COUNT: tl.constexpr):
     """Ask for ``base[offs : offs + COUNT]`` in the L2 cache, each of ``offs`` int64 [any] where ``mask`` says so."""
     LENGTH: tl.constexpr = LINE // (base_ptr.dtype.element_ty.primitive_bitwidth // 8)
     for start in tl.static_range(0, COUNT, LENGTH):
