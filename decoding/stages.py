@@ -118,8 +118,8 @@ class Stage(ABC):
 
 
 class KatzStage(Stage):
-    """draft²: a look-up per node, in what a stage above drew after the same two tokens, or else in what follows them in
-    the prompt, or else in a baked table.
+    """draft²: a look-up per node, in what a stage above drew after the same last 8, 4 or 2 tokens, or else in what
+    follows two of them in the prompt, or else in a baked table.
 
     What the oracle drew it takes for as good as what the stage below the oracle would say, which is not asked then.
     """
