@@ -6,9 +6,9 @@ import triton.language as tl
 
 from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch, require
-from kernels.gpu.lookup import MULTIPLIER, POSITIVE, hash_context, require_recent, token_before
-from kernels.gpu.tree import PATH, require_progress, require_tree
-from kernels.layout import LEAST_REST, LONGEST_CONTEXT, Progress, RecentTable, Tree
+from kernels.gpu.lookup import CONTEXTS, context_keys, hash_context, require_recent
+from kernels.gpu.tree import require_progress, require_tree
+from kernels.layout import LEAST_REST, Progress, RecentTable, Tree
 
 
 @triton.jit(do_not_specialize=["num_recent", "level"])
@@ -30,6 +30,7 @@ def _learn_kernel(
     level,
     PATH: tl.constexpr,
     LONGEST: tl.constexpr,
+    BLOCK_CONTEXTS: tl.constexpr,
     W: tl.constexpr,
     CHILDREN: tl.constexpr,
     RECENT_WIDTH: tl.constexpr,
@@ -51,27 +52,25 @@ def _learn_kernel(
     log_prob = tl.load(log_probs_ptr + w[:, None] * CHILDREN + lane, mask=has, other=float("-inf"))
     rest = tl.log(tl.maximum(1.0 - tl.sum(tl.exp(log_prob), 1), LEAST_REST))
     exists = exists & (tl.max((log_prob > float("-inf")).to(tl.int32), 1) > 0)
-    key, power = tl.zeros((BLOCK_W,), tl.int64), tl.full((1,), 1, tl.int64)
-    for back in tl.static_range(LONGEST):
-        before = token_before(back, node, exists, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH)
-        key += (before + 1) * power
-        power *= MULTIPLIER
-        if back > 0 and (back & (back + 1)) == 0:
-            live = exists & (length + depth > back)
-            slot = hash_context(key & POSITIVE, num_recent)
-            held = live & (tl.load(recent_keys_ptr + slot, mask=live, other=-1) == (key & POSITIVE))
-            live = live & ~(held & (tl.load(recent_levels_ptr + slot, mask=live, other=0) > level))
-            slot = tl.where(live, slot, -1)
-            later = (slot[:, None] == slot[None, :]) & (w[:, None] < w[None, :])
-            live = live & (tl.max(later.to(tl.int32), 1) == 0)
-            tl.debug_barrier()  # what is in a bucket has been read
-            target = slot[:, None] * RECENT_WIDTH + lane
-            tl.store(recent_keys_ptr + slot, key & POSITIVE, mask=live)
-            tl.store(recent_log_rest_ptr + slot, rest, mask=live)
-            tl.store(recent_levels_ptr + slot, tl.full((BLOCK_W,), level, tl.int32), mask=live)
-            tl.store(recent_tokens_ptr + target, token, mask=has & live[:, None])
-            tl.store(recent_log_probs_ptr + target, log_prob, mask=live[:, None] & (lane < RECENT_WIDTH))
-            tl.debug_barrier()
+    keys, live, _ = context_keys(
+        node, exists, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH, LONGEST, BLOCK_CONTEXTS
+    )
+    slots = hash_context(keys, num_recent)
+    held = tl.load(recent_keys_ptr + slots, mask=live, other=-1) == keys
+    live = live & ~(held & (tl.load(recent_levels_ptr + slots, mask=live, other=0) > level))
+    slots = tl.where(live, slots, -1)
+    context = tl.arange(0, BLOCK_CONTEXTS)[None, :]
+    for i in tl.static_range(BLOCK_CONTEXTS):
+        tl.debug_barrier()  # what is in the buckets has been read; a longer context is written after a shorter one
+        slot = tl.max(tl.where(context == i, slots, -1), 1)
+        later = (slot[:, None] == slot[None, :]) & (w[:, None] < w[None, :])
+        last = (slot >= 0) & (tl.max(later.to(tl.int32), 1) == 0)
+        target = slot[:, None] * RECENT_WIDTH + lane
+        tl.store(recent_keys_ptr + slot, tl.max(tl.where(context == i, keys, -1), 1), mask=last)
+        tl.store(recent_log_rest_ptr + slot, rest, mask=last)
+        tl.store(recent_levels_ptr + slot, tl.full((BLOCK_W,), level, tl.int32), mask=last)
+        tl.store(recent_tokens_ptr + target, token, mask=has & last[:, None])
+        tl.store(recent_log_probs_ptr + target, log_prob, mask=last[:, None] & (lane < RECENT_WIDTH))
 
 
 def learn(
@@ -112,8 +111,7 @@ def learn(
             "level": level,
         },
         {
-            "PATH": PATH,
-            "LONGEST": LONGEST_CONTEXT,
+            **CONTEXTS,
             "W": len(nodes),
             "CHILDREN": children.shape[1],
             "RECENT_WIDTH": width,

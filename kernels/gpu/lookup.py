@@ -9,11 +9,16 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.early import wait_for_previous
-from kernels.gpu.launch import launch, require
+from kernels.gpu.launch import launch, next_power_of_2, require
 from kernels.gpu.noise import gumbel, load_seed, philox_word
 from kernels.gpu.tree import PATH, require_progress, require_tree
 from kernels.layout import LONGEST_CONTEXT, MAX_PROBES, Progress, RecentTable, Sampling, SuccessorTable, Tree
 
+CONTEXTS = {  # constants of ``context_keys``
+    "PATH": PATH,
+    "LONGEST": LONGEST_CONTEXT,
+    "BLOCK_CONTEXTS": next_power_of_2(LONGEST_CONTEXT.bit_length() - 1),
+}
 MULTIPLIER = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)  # as kernels.reference.contexts has it
 POSITIVE = tl.constexpr(2**63 - 1)
 
@@ -25,12 +30,35 @@ def hash_context(key, num_buckets):
 
 
 @triton.jit
-def token_before(back, node, live, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH: tl.constexpr):
-    """The token ``back`` places before each live node's own, in the tree or in the text: int64, 0 where none is."""
-    at = depth - back
-    member = tl.load(paths_ptr + node * PATH + at, mask=live & (at >= 0), other=0)
-    in_text = tl.load(text_ptr + length - 1 + at, mask=live & (at < 0) & (length + at > 0), other=0)
-    return tl.load(tree_tokens_ptr + member, mask=live & (at >= 0), other=in_text).to(tl.int64)
+def context_keys(
+    node,  # int32 [R]
+    live,
+    depth,
+    length,
+    tree_tokens_ptr,
+    paths_ptr,
+    text_ptr,
+    PATH: tl.constexpr,
+    LONGEST: tl.constexpr,
+    BLOCK_CONTEXTS: tl.constexpr,
+):
+    """``context_keys`` of kernels.reference: int64 [R, BLOCK_CONTEXTS], of the last 2, 4, ... tokens up to each node in
+    the tree and in the text; which of them there are; and the token before the node's own, int64 [R]."""
+    back = tl.arange(0, LONGEST)[None, :]
+    at = depth[:, None] - back
+    exists = live[:, None] & (length + at > 0)
+    in_tree = exists & (at >= 0)
+    member = tl.load(paths_ptr + node[:, None] * PATH + at, mask=in_tree, other=0)
+    in_text = tl.load(text_ptr + length - 1 + at, mask=exists & (at < 0), other=0)
+    token = tl.load(tree_tokens_ptr + member, mask=in_tree, other=in_text).to(tl.int64)
+    power = tl.full((1, LONGEST), 1, tl.int64)
+    for i in tl.static_range(1, LONGEST):
+        power = tl.where(back >= i, power * MULTIPLIER, power)
+    weighted = (token + 1) * power
+    tokens = tl.full((BLOCK_CONTEXTS,), 2, tl.int32) << tl.arange(0, BLOCK_CONTEXTS)
+    key = tl.sum(tl.where(back[:, :, None] < tokens[None, None, :], weighted[:, :, None], 0), 1) & POSITIVE
+    known = live[:, None] & ((length + depth)[:, None] >= tokens[None, :]) & (tokens <= LONGEST)[None, :]
+    return key, known, tl.sum(tl.where(back == 1, token, 0), 1)
 
 
 @triton.jit
@@ -63,6 +91,7 @@ def answer(
     num_recent,
     PATH: tl.constexpr,
     LONGEST: tl.constexpr,
+    BLOCK_CONTEXTS: tl.constexpr,
     V: tl.constexpr,
     WIDTH: tl.constexpr,
     RECENT_WIDTH: tl.constexpr,
@@ -77,49 +106,47 @@ def answer(
     length = tl.load(length_ptr)
     depth = tl.load(depths_ptr + node, mask=live, other=0)
     last = tl.load(tree_tokens_ptr + node, mask=live, other=0).to(tl.int64)
-    previous = token_before(1, node, live, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH)
+    keys, are_known, previous = context_keys(
+        node, live, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH, LONGEST, BLOCK_CONTEXTS
+    )
     key = previous * V + last
     known = live & (length + depth > 1)
     offs = tl.arange(0, PROBES)[None, :]
     bucket = (hash_context(key, num_buckets)[:, None] + offs) & (num_buckets - 1)
-    hit = (tl.load(keys_ptr + bucket, mask=known[:, None], other=-1) == key[:, None]) & known[:, None]
+    found_keys = tl.load(keys_ptr + bucket, mask=known[:, None], other=-1)
+    slot, is_recent = tl.zeros_like(key), node < -1
+    if recent_keys_ptr is not None:
+        place = hash_context(keys, num_recent)
+        there = are_known & (tl.load(recent_keys_ptr + place, mask=are_known, other=-1) == keys)
+        context = tl.arange(0, BLOCK_CONTEXTS)[None, :]
+        longest = tl.max(tl.where(there, context, -1), 1)  # of the contexts that are found
+        slot = tl.sum(tl.where(context == longest[:, None], place, 0), 1)
+        is_recent = longest >= 0
+    hit = (found_keys == key[:, None]) & known[:, None]
     probe = tl.min(tl.where(hit, offs, PROBES), 1)
     found = tl.max(tl.where(offs == probe[:, None], bucket, -1), 1)
-    row = tl.load(rows_ptr + found, mask=found >= 0, other=0).to(tl.int64)
-    row = tl.where(found >= 0, row, last)
+    is_baked = live & ~is_recent
+    row = tl.load(rows_ptr + found, mask=is_baked & (found >= 0), other=0).to(tl.int64)
 
     lane = tl.arange(0, BLOCK)[None, :]
-    exists = live[:, None] & (lane < WIDTH)
-    token = tl.load(tokens_ptr + row[:, None] * WIDTH + lane, mask=exists, other=-1)
-    score = tl.load(log_probs_ptr + row[:, None] * WIDTH + lane, mask=exists, other=float("-inf")) / temperature
-    rest = tl.load(log_rest_ptr + row, mask=live, other=0.0) / temperature
-    level = tl.zeros_like(node)
-    if recent_keys_ptr is not None:
-        slot = tl.zeros_like(key)
-        is_recent = node < -1
-        key, power = tl.zeros_like(key), tl.full((1,), 1, tl.int64)
-        for back in tl.static_range(LONGEST):
-            before = token_before(back, node, live, depth, length, tree_tokens_ptr, paths_ptr, text_ptr, PATH)
-            key += (before + 1) * power
-            power *= MULTIPLIER
-            if back > 0 and (back & (back + 1)) == 0:  # 2, 4, ... tokens; of those that are found the most count
-                known = live & (length + depth > back)
-                there = hash_context(key & POSITIVE, num_recent)
-                is_there = known & (tl.load(recent_keys_ptr + there, mask=known, other=-1) == (key & POSITIVE))
-                slot = tl.where(is_there, there, slot)
-                is_recent |= is_there
-        has = lane < (RECENT_WIDTH if RECENT_WIDTH < WIDTH else WIDTH)  # a row is no wider than the table's own
-        use = is_recent[:, None] & has
-        place = slot[:, None] * RECENT_WIDTH + lane
-        exists = tl.where(is_recent[:, None], has, exists)
-        token = tl.load(recent_tokens_ptr + place, mask=use, other=token)
-        score = tl.load(recent_log_probs_ptr + place, mask=use, other=score)
-        rest = tl.load(recent_log_rest_ptr + slot, mask=is_recent, other=rest)
+    token, score = tl.full((1, BLOCK), -1, tl.int32), tl.full((1, BLOCK), float("-inf"), tl.float32)
+    rest, level = tl.zeros_like(node).to(tl.float32), tl.zeros_like(node)
+    if recent_keys_ptr is not None:  # asked for before the number of the baked row has come
+        use = is_recent[:, None] & (lane < RECENT_WIDTH) & (lane < WIDTH)  # a row is no wider than the table's own
+        token = tl.load(recent_tokens_ptr + slot[:, None] * RECENT_WIDTH + lane, mask=use, other=-1)
+        score = tl.load(recent_log_probs_ptr + slot[:, None] * RECENT_WIDTH + lane, mask=use, other=float("-inf"))
+        rest = tl.load(recent_log_rest_ptr + slot, mask=is_recent, other=0.0)
         level = tl.load(recent_levels_ptr + slot, mask=is_recent, other=0)
+    use = is_baked[:, None] & (lane < WIDTH)
+    place = tl.where(found >= 0, row, last)[:, None] * WIDTH + lane
+    token = tl.load(tokens_ptr + place, mask=use, other=token)
+    score = tl.where(use, tl.load(log_probs_ptr + place, mask=use, other=0.0) / temperature, score)
+    row_rest = tl.load(log_rest_ptr + tl.where(found >= 0, row, last), mask=is_baked, other=0.0) / temperature
+    rest = tl.where(is_baked, row_rest, rest)
     tl.store(levels_ptr + w, level, mask=exists_w)
     if NOISE:
         score = score + gumbel(philox_word(load_seed(seed_ptr), token, (length + depth)[:, None]))
-    score = tl.where(exists, score, float("-inf")) / tau
+    score = score / tau
     rest = rest / tau
     largest = tl.maximum(tl.max(score, 1), rest)
     total = largest + tl.log(tl.sum(tl.exp(score - largest[:, None]), 1) + tl.exp(rest - largest))
@@ -160,6 +187,7 @@ def _lookup_kernel(
     num_recent,  # a power of two
     PATH: tl.constexpr,
     LONGEST: tl.constexpr,
+    BLOCK_CONTEXTS: tl.constexpr,
     V: tl.constexpr,
     WIDTH: tl.constexpr,
     RECENT_WIDTH: tl.constexpr,
@@ -200,6 +228,7 @@ def _lookup_kernel(
         num_recent,
         PATH,
         LONGEST,
+        BLOCK_CONTEXTS,
         V,
         WIDTH,
         RECENT_WIDTH,
@@ -284,8 +313,7 @@ def prepare(
         "num_recent": 1 if recent is None else len(keys),
     }
     constants = {
-        "PATH": PATH,
-        "LONGEST": LONGEST_CONTEXT,
+        **CONTEXTS,
         "V": table.vocab_size,
         "WIDTH": width,
         "RECENT_WIDTH": recent_width,

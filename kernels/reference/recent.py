@@ -41,15 +41,17 @@ def learn(
 
 @compiled
 def _learn(recent, latest, counts, children, log_probs, level):
-    width, is_new = min(children.shape[1], recent.tokens.shape[1]), np.empty(len(counts), np.bool_)
-    for keys in context_keys(latest, counts):
-        buckets = hash_of(keys, len(recent.keys))
-        for i in range(len(keys)):  # before any of them is written
-            known = recent.keys[buckets[i]] == keys[i] and recent.levels[buckets[i]] > level
-            is_new[i] = keys[i] >= 0 and not known and (log_probs[i, :width] > -np.inf).any()
-        for i in np.flatnonzero(is_new):
-            bucket, rest = buckets[i], np.float32(1)
-            recent.keys[bucket], recent.levels[bucket] = keys[i], level
+    width, keys = min(children.shape[1], recent.tokens.shape[1]), context_keys(latest, counts)
+    buckets, is_new = hash_of(keys, len(recent.keys)), np.empty(keys.shape, np.bool_)
+    for context in range(len(keys)):  # before any of them is written
+        for i in range(len(counts)):
+            key, bucket = keys[context, i], buckets[context, i]
+            known = recent.keys[bucket] == key and recent.levels[bucket] > level
+            is_new[context, i] = key >= 0 and not known and (log_probs[i, :width] > -np.inf).any()
+    for context in range(len(keys)):
+        for i in np.flatnonzero(is_new[context]):
+            bucket, rest = buckets[context, i], np.float32(1)
+            recent.keys[bucket], recent.levels[bucket] = keys[context, i], level
             recent.log_probs[bucket] = -np.inf
             for column in range(width):
                 recent.tokens[bucket, column] = children[i, column]
