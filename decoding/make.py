@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from decoding import katz, text
 from decoding.command_line import printable
 from model import corpus, samples, training
+from model.files import written
 from model.heap import keep_freed_memory
 from model.runtime import bfloat16_is_fast
 from model.training_config import TrainingConfig
@@ -64,14 +65,13 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
     else:
         tokenizer = _tokenizer(tokenizer_dir)
     end = corpus.END_OF_TEXT
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(flags.out)
     train, heldout = corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
     sources = {"sources": texts.card(), "excluded_files": texts.num_excluded}
     sources["vocab_size"] = None if tokenizer_dir else _vocab_size(flags)  # that was asked for
-    (flags.out / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")
-    unfinished = flags.out / f"unfinished_{TOKENS}"  # a kill in the middle leaves no half of it
-    np.savez(unfinished, train=train, heldout=heldout)
-    unfinished.replace(stored)
+    with written(flags.out) as folder:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(folder)
+        (folder / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")
+        np.savez(folder / TOKENS, train=train, heldout=heldout)
     return train, heldout
 
 
@@ -151,9 +151,9 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     if teacher is not None and flags.own_text:
         stored = flags.out / OWN_TEXT
         if not stored.exists():
-            unfinished = flags.out / f"unfinished_{OWN_TEXT}"
-            np.save(unfinished, own_text(flags.oracle, ids, flags.own_text, 1.0))
-            unfinished.replace(stored)
+            own = own_text(flags.oracle, ids, flags.own_text, 1.0)
+            with written(flags.out) as folder:
+                np.save(folder / OWN_TEXT, own)
         num_text = len(ids)
         ids = blend(ids, np.load(stored), flags.own_share)
         share = 1 - num_text / len(ids)
@@ -166,8 +166,8 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
         keep_freed_memory()
     trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile, start=start)
     end = tokenizer.token_to_id(corpus.END_OF_TEXT)
-    for written in (trainer.model.config, trainer.model.generation_config):
-        written.bos_token_id = written.eos_token_id = end
+    for names in (trainer.model.config, trainer.model.generation_config):
+        names.bos_token_id = names.eos_token_id = end
     console = Console(highlight=False, soft_wrap=True)
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     console.print(f"{num_parameters / 1e6:.1f} M parameters, {len(ids):,} tokens of text", end=", ")
@@ -177,8 +177,7 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     try:
         for row in report(console, training.train(trainer, heldout, flags.out, flags.checkpoint_minutes)):
             if "heldout_loss" in row:
-                trainer.model.save_pretrained(flags.out)
-                _write_card(flags, trainer, num_parameters, origin)
+                _write_model(flags, trainer, num_parameters, origin)
     except (KeyboardInterrupt, SystemExit):
         if trainer.progress < 1.0:
             console.print(f"stopped and saved after step {trainer.step}: the same command goes on from there")
@@ -189,19 +188,23 @@ def report(console: Console, rows: Iterator[dict]) -> Iterator[dict]:
     """Pass rows on; print one now and then: progress, time left, losses, rate."""
     losses, printed = [], 0
     for row in rows:
-        losses.append(row["loss"])
+        if "loss" in row:
+            losses.append(row["loss"])
         if row["seconds"] - printed >= 10 or "heldout_loss" in row:
             left = row["seconds"] * (1 / max(row["progress"], 1e-4) - 1)
-            held = f", held out {row['heldout_loss']:.3f}" if "heldout_loss" in row else ""
+            said = [f"loss {sum(losses) / len(losses):.3f}"] if losses else []
+            said += [f"held out {row['heldout_loss']:.3f}"] if "heldout_loss" in row else []
             console.print(
                 f"{row['progress']:6.1%}  {left / 60:5.1f} min left  step {row['step']}  "
-                f"loss {sum(losses) / len(losses):.3f}{held}  {row['tokens_per_second']} tokens/s"
+                f"{', '.join(said)}  {row['tokens_per_second']} tokens/s"
             )
             losses, printed = [], row["seconds"]
         yield row
 
 
-def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parameters: int, origin: dict | None) -> None:
+def _write_model(
+    flags: argparse.Namespace, trainer: training.Trainer, num_parameters: int, origin: dict | None
+) -> None:
     card = {
         "command": printable("staged", sys.argv[1:]),
         "started_from": origin,
@@ -212,7 +215,9 @@ def _write_card(flags: argparse.Namespace, trainer: training.Trainer, num_parame
         **json.loads((flags.out / SOURCES).read_text()),
         "log": trainer.log,
     }
-    (flags.out / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    with written(flags.out) as folder:
+        trainer.model.save_pretrained(folder)
+        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 
 def _ancestry(directory: Path, start: GPT2LMHeadModel) -> dict:

@@ -10,11 +10,51 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
 
 from decoding import StagedDecoder, cli, make
 from decoding.decoder import BUNDLED
 from model import bundle, training
 from tests.test_corpus import source, write
+
+TINY = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 64 --steps 2 --no-compile"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("text")
+    return str(write(folder, **{f"file_{i}": source(f"name_{i}") for i in range(120)}))
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory) -> Path:
+    """An oracle after two steps; do not change it."""
+    out = tmp_path_factory.mktemp("trained") / "oracle"
+    cli.main(["train-oracle", "--data", text, "--out", str(out), *TINY.split(), "--vocab-size", "300"])
+    return out
+
+
+def test_a_kill_after_the_last_step_costs_no_model(text, trained, tmp_path, monkeypatch, capsys):
+    """Whatever it leaves of the model, the same command writes what an undisturbed run does."""
+    command = ["train-oracle", "--data", text, "--out", str(tmp_path), *TINY.split(), "--vocab-size", "300"]
+
+    def killed(model, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="130"):
+        patched.setattr(GPT2LMHeadModel, "save_pretrained", killed)
+        cli.main(command)
+    assert (tmp_path / training.LATEST).exists() and not (tmp_path / "model.safetensors").exists()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "of_a_kill.json").touch()
+    cli.main(command)
+    assert "100% of the budget" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in trained.iterdir()}
+    one, other = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    ends = [json.loads((folder / "training.json").read_text())["log"][-1] for folder in (trained, tmp_path)]
+    assert ends[0]["heldout_loss"] == ends[1]["heldout_loss"] and ends[1]["progress"] == 1.0
 
 
 def test_the_command_survives_a_kill_at_any_moment(tmp_path):

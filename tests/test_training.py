@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import growth, samples, signals, training
+from model import growth, loss, samples, signals, training
 from model.training_config import TrainingConfig
 
 CONFIG = TrainingConfig(
@@ -159,6 +159,20 @@ def test_a_larger_budget_goes_on_from_before_the_decay(tmp_path):
         training.Trainer(CONFIG, ids[1:], compiled=False).resume(tmp_path)
 
 
+def test_a_budget_that_is_spent_already_has_a_last_row_too(tmp_path):
+    """Given less than was spent, a run ends with the held-out loss of the weights there are."""
+    part = training.Trainer(CONFIG, periodic_ids(0), compiled=False)
+    for _ in range(3):
+        part.train_step()
+    part.save(tmp_path / training.LATEST)
+    for _ in range(2):
+        shorter = training.Trainer(replace(CONFIG, steps=2), periodic_ids(0), compiled=False)
+        assert shorter.resume(tmp_path)
+        (row,) = run(shorter, tmp_path)
+        assert row["step"] == 3 and row["progress"] == 1.0 and row["heldout_loss"] > 0 and shorter.log == [row]
+        shorter.save(tmp_path / training.LATEST)
+
+
 def test_a_stopped_process_spends_no_budget(monkeypatch, tmp_path):
     """A step in which the process was told to go on counts as long as the one before; the first, and any other one, as
     it took."""
@@ -253,9 +267,7 @@ def test_one_block_is_compiled_for_all(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **how: compile_(call, backend=counting, **how))
     for name in ("_text_loss", "_law_loss"):
-        monkeypatch.setattr(
-            training, name, compile_(getattr(training, name)._torchdynamo_orig_callable, backend="eager")
-        )
+        monkeypatch.setattr(loss, name, compile_(getattr(loss, name)._torchdynamo_orig_callable, backend="eager"))
 
     def counting(graph, inputs):
         graphs.append(graph)
