@@ -18,12 +18,13 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from decoding import katz, text
 from decoding.command_line import printable
 from model import corpus, samples, training
-from model.files import written
+from model.files import reading, written
 from model.heap import keep_freed_memory
 from model.runtime import bfloat16_is_fast
 from model.training_config import TrainingConfig
 
 TOKENS, OWN_TEXT, SOURCES, CARD = "tokens.npz", "own_text.npy", "sources.json", "training.json"
+MOST_TOKENS = 65536  # ids of text are kept in 16 bits
 MOST_REPEATS = 4  # of the oracle's text: up to there a text is worth about as much as new one (Muennighoff et al. 2023)
 
 
@@ -88,7 +89,23 @@ def _tokenizer(directory: Path) -> Tokenizer:
     tokenizer = text.load_tokenizer(directory)
     if tokenizer is None:
         raise ValueError(f"no tokenizer.json, nor vocab.json with merges.txt, in {directory}")
+    if tokenizer.token_to_id(corpus.END_OF_TEXT) is None:
+        raise ValueError(f"the tokenizer in {directory} has no {corpus.END_OF_TEXT} to stand between texts")
     return tokenizer
+
+
+def _num_tokens(directory: Path) -> int:
+    """The vocabulary of the model in ``directory``, which may be padded; of its tokenizer where there is no model."""
+    num_tokens = least = 1 + max(_tokenizer(directory).get_vocab().values())
+    config = directory / "config.json"
+    if config.is_file():
+        with reading(config):
+            num_tokens = int(json.loads(config.read_text(encoding="utf-8"))["vocab_size"])
+    if not least <= num_tokens <= MOST_TOKENS:
+        raise ValueError(
+            f"{directory}: vocab_size must hold the tokenizer's {least} ids, at most {MOST_TOKENS}, got {num_tokens}"
+        )
+    return num_tokens
 
 
 def train_oracle(flags: argparse.Namespace) -> None:
@@ -137,8 +154,14 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
     names = [field.name for field in fields(TrainingConfig) if hasattr(flags, field.name)]
     given = {name: getattr(flags, name) for name in names if name != "vocab_size"}
     TrainingConfig(**given)  # refuses what no run can be, before text is read
-    if tokenizer_dir is None and not 257 <= _vocab_size(flags) <= 65536:
-        raise ValueError(f"vocab-size must be from 257, all bytes and the end, to 65536, got {flags.vocab_size}")
+    if tokenizer_dir is None and not 257 <= _vocab_size(flags) <= MOST_TOKENS:
+        raise ValueError(
+            f"vocab-size must be from 257, all bytes and the end, to {MOST_TOKENS}, got {flags.vocab_size}"
+        )
+    if tokenizer_dir is not None:
+        _num_tokens(tokenizer_dir)  # refuses what is too large, before text is read
+    if teacher is not None and teacher.config.n_positions < flags.context:
+        raise ValueError(f"context must be at most the oracle's, {teacher.config.n_positions}, got {flags.context}")
     if teacher is not None and not 0 < flags.own_share < 1:
         raise ValueError(f"own-share must be above 0 and below 1, got {flags.own_share}")
     if teacher is not None and flags.own_text < 0:
@@ -160,7 +183,7 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
         if share < 0.9 * flags.own_share:
             print(f"the oracle's own text is {share:.1%} of what is learnt from: a larger --own-text makes it more")
     tokenizer = _tokenizer(flags.out)
-    config = TrainingConfig(**given, vocab_size=tokenizer.get_vocab_size())
+    config = TrainingConfig(**given, vocab_size=_num_tokens(tokenizer_dir or flags.out))
     origin = _ancestry(flags.start, start) if flags.start else None
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -238,19 +261,17 @@ def build_draft2(flags: argparse.Namespace) -> None:
     temperature = 1.5 if flags.temperature is None else flags.temperature
     if num_samples < 1 or not 0 < temperature < math.inf:
         raise ValueError(f"samples and temperature must be above 0 and finite, got {num_samples} and {temperature}")
-    tokenizer = _tokenizer(flags.tokenizer)
+    tokenizer, num_tokens = _tokenizer(flags.tokenizer), _num_tokens(flags.tokenizer)
     if flags.model is not None:
         vocab_size = _model(flags.model).config.vocab_size  # all of it is loaded, so that it is known to be whole
-        if vocab_size != tokenizer.get_vocab_size():
-            raise ValueError(
-                f"the model in {flags.model} has {vocab_size} tokens, the tokenizer {tokenizer.get_vocab_size()}"
-            )
+        if vocab_size != num_tokens:
+            raise ValueError(f"the model in {flags.model} has {vocab_size} tokens, the tokenizer {num_tokens}")
     _begin(flags)
     ids = corpus.encode(tokenizer, read_corpus(flags.data, flags.suffix, flags.exclude).train)
     origin = "text"
     if flags.model is not None:
         ids = own_text(flags.model, ids, num_samples, temperature)
         origin = f"text that {flags.model.name} wrote at temperature {temperature}"
-    table = katz.KatzTrigram(ids, tokenizer.get_vocab_size()).bake(flags.contexts)
+    table = katz.KatzTrigram(ids, num_tokens).bake(flags.contexts)
     katz.save(table, flags.out, {"estimated_from": origin, "tokens": len(ids)})
     print(f"{table.tokens.shape[0]} rows from {len(ids):,} tokens of {origin} in {flags.out}")

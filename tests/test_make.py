@@ -1,6 +1,7 @@
 """The commands that made the bundled models, in miniature: they go on when killed, refuse wrong flags."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from decoding import StagedDecoder, cli, make
 from decoding.decoder import BUNDLED
@@ -55,6 +56,61 @@ def test_a_kill_after_the_last_step_costs_no_model(text, trained, tmp_path, monk
     assert all(torch.equal(one[name], other[name]) for name in one)
     ends = [json.loads((folder / "training.json").read_text())["log"][-1] for folder in (trained, tmp_path)]
     assert ends[0]["heldout_loss"] == ends[1]["heldout_loss"] and ends[1]["progress"] == 1.0
+
+
+def written_by_hand(folder: Path, tokenizer: Path, **sizes) -> Path:
+    """A random GPT-2 with the tokenizer of another one."""
+    config = {"vocab_size": 300, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 1} | sizes
+    GPT2LMHeadModel(GPT2Config(**config)).save_pretrained(folder)
+    shutil.copy(tokenizer / "tokenizer.json", folder)
+    return folder
+
+
+def refused(capsys, *command) -> str:
+    """The one line that the command ends with."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*map(str, command)])
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_padded_vocabulary_is_that_of_all_stages(text, trained, tmp_path):
+    oracle = written_by_hand(tmp_path / "oracle", trained, vocab_size=320)
+    draft, table = tmp_path / "draft", tmp_path / "table"
+    command = ["train-draft", "--oracle", str(oracle), "--out", str(draft), "--data", text, *TINY.split()]
+    cli.main([*command, "--own-text", "64", "--teacher-share", "1"])
+    assert json.loads((draft / "config.json").read_text())["vocab_size"] == 320
+    cli.main(["build-draft2", "--tokenizer", str(oracle), "--out", str(table), "--data", text])
+    assert json.loads((table / "table.json").read_text())["vocab_size"] == 320
+
+
+def test_an_oracle_that_cannot_teach_is_refused_at_once(text, trained, tmp_path, capsys):
+    small = written_by_hand(tmp_path / "small", trained, vocab_size=290)
+    short = written_by_hand(tmp_path / "short", trained, n_positions=32)
+    holed, endless = (written_by_hand(tmp_path / name, trained) for name in ("holed", "endless"))
+    tokenizer = json.loads((trained / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] = 70000
+    (holed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    vocabulary[last], vocabulary["<end>"] = 299, vocabulary.pop("<|endoftext|>")
+    (endless / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": []}))
+    for oracle, why in (
+        (small, "vocab_size must hold the tokenizer's 300 ids, at most 65536, got 290"),
+        (short, "--context must be at most the oracle's, 32, got 64"),
+        (holed, "vocab_size must hold the tokenizer's 70001 ids, at most 65536, got 300"),
+        (endless, "has no <|endoftext|>"),
+    ):
+        command = ["train-draft", "--oracle", oracle, "--out", tmp_path / "out", "--data", text, *TINY.split()]
+        assert why in refused(capsys, *command) and not (tmp_path / "out").exists()
+    (holed / "config.json").unlink()
+    for command in (("build-draft2",), ("train-oracle", *TINY.split())):
+        assert "70001" in refused(capsys, *command, "--tokenizer", holed, "--out", tmp_path / "out", "--data", text)
+    tokenizer = json.loads((trained / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"][last] = 400
+    (holed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    command = ["train-oracle", "--tokenizer", holed, "--out", tmp_path / "out", "--data", text, *TINY.split()]
+    cli.main([*map(str, command)])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 401
 
 
 def test_the_command_survives_a_kill_at_any_moment(tmp_path):
