@@ -108,6 +108,17 @@ def _num_tokens(directory: Path) -> int:
     return num_tokens
 
 
+def _refuse_loss(flags: argparse.Namespace) -> None:
+    """Raises ValueError where a run would write over a model or a tokenizer that no such run has made."""
+    for name in ("oracle", "start", "tokenizer"):
+        given = getattr(flags, name, None)
+        if given is not None and given.resolve() == flags.out.resolve():
+            raise ValueError(f"--out: {flags.out} is the folder of --{name}, which would be lost")
+    theirs = [name for name in ("config.json", "tokenizer.json") if (flags.out / name).exists()]
+    if theirs and not (flags.out / SOURCES).exists():
+        raise ValueError(f"--out: {flags.out} holds a {theirs[0]} that was not made here and would be lost")
+
+
 def train_oracle(flags: argparse.Namespace) -> None:
     if flags.tokenizer is not None and flags.vocab_size is not None:
         raise ValueError("vocab-size is that of the tokenizer: give one of --tokenizer and --vocab-size")
@@ -168,6 +179,7 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
         raise ValueError(f"own-text must be at least 0, got {flags.own_text}")
     if not flags.checkpoint_minutes >= 0:
         raise ValueError(f"checkpoint-minutes must be at least 0, got {flags.checkpoint_minutes}")
+    _refuse_loss(flags)
     start = _model(flags.start) if flags.start else None
     _begin(flags)
     ids, heldout = prepare(flags, tokenizer_dir)

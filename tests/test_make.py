@@ -113,6 +113,19 @@ def test_an_oracle_that_cannot_teach_is_refused_at_once(text, trained, tmp_path,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 401
 
 
+def test_models_of_others_are_not_lost(text, trained, tmp_path, capsys):
+    theirs = written_by_hand(tmp_path / "theirs", trained)
+    before = {file.name: file.read_bytes() for file in theirs.iterdir()}
+    more = ["--data", text, *TINY.split()]
+    for command, why in (
+        (("train-draft", "--oracle", theirs, "--out", tmp_path / "." / "more" / ".." / "theirs"), "folder of --oracle"),
+        (("train-oracle", "--start", trained, "--out", trained), "folder of --start"),
+        (("train-oracle", "--out", theirs), "holds a config.json that was not made here"),
+    ):
+        assert why in refused(capsys, *command, *more)
+    assert before == {file.name: file.read_bytes() for file in theirs.iterdir()}
+
+
 def test_the_command_survives_a_kill_at_any_moment(tmp_path):
     """``train-oracle``, killed while it runs and started again, ends with the weights of an undisturbed run."""
     write(tmp_path / "text", **{f"file_{i}": source(f"name_{i}") for i in range(120)})
@@ -165,6 +178,7 @@ def test_text_of_another_tokenizer_is_not_trained_on(tmp_path, capsys):
     assert "text as stored" not in capsys.readouterr().out
     given = tmp_path / "given"
     cli.main([*common, "--out", str(given), "--tokenizer", str(other)])
+    assert "is the folder of --tokenizer" in refused(capsys, *common, "--out", run, "--tokenizer", run)
     for folder, *wrong in (
         (run, "--vocab-size", "320"),
         (run,),
@@ -177,7 +191,6 @@ def test_text_of_another_tokenizer_is_not_trained_on(tmp_path, capsys):
         assert "in the tokens of another tokenizer" in capsys.readouterr().err
     for folder, *right in (
         (run, "--vocab-size", "300"),
-        (run, "--tokenizer", str(run)),
         (given, "--tokenizer", str(other)),
     ):
         cli.main([*common, "--out", str(folder), *right])
