@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from decoding import katz, text
 from decoding.command_line import printable
-from model import corpus, samples, training
+from model import corpus, samples, training, weights
 from model.files import reading, written
 from model.heap import keep_freed_memory
 from model.runtime import bfloat16_is_fast
@@ -133,6 +133,7 @@ def _model(directory: Path) -> GPT2LMHeadModel:
     if not (directory / "config.json").is_file():
         raise ValueError(f"no trained model in {directory}")
     try:
+        weights.load(directory, torch.float32, "cpu")  # transformers makes up what is missing
         return GPT2LMHeadModel.from_pretrained(directory)
     except Exception as error:  # of transformers, safetensors or the hub's checks of a config
         raise ValueError(f"{directory} holds no GPT-2 that transformers can load: {error}") from error

@@ -9,6 +9,7 @@ run can be given more time later: it then goes on from where the decay began.
 Commands: ``staged train-oracle``, ``staged train-draft``.
 """
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -148,7 +149,7 @@ class Trainer:
 
     def train_step(self) -> float:
         """One update of all weights; returns its loss. One in which the process was stopped counts as long as the one
-        before."""
+        before. Raises FloatingPointError for a loss that is no number."""
         start, config, self.was_stopped = time.monotonic(), self.config, False
         rng = np.random.default_rng([config.seed, self.step])
         full = self.progress > 1.0 - config.full_window_share
@@ -173,11 +174,17 @@ class Trainer:
         self.taken[length] += count
         self.step += 1
         self.tokens += batch.numel()
+        value = self._finite("loss", mean_loss.item())
         self.is_updating = False
-        value = mean_loss.item()
         if not self.was_stopped or self.step_seconds == 0.0:
             self.step_seconds = time.monotonic() - start
         self.seconds += self.step_seconds
+        return value
+
+    def _finite(self, name: str, value: float) -> float:
+        """``value``, so that nothing is saved where it is none. Raises FloatingPointError."""
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {name} at step {self.step} is {value}: is --learning-rate too high?")
         return value
 
     def note_stop(self, *_) -> None:
@@ -211,7 +218,7 @@ class Trainer:
         """The ``heldout_loss`` of a row."""
         loss = heldout_loss(self.model.eval(), heldout, self.config.context)
         self.model.train()
-        return {"heldout_loss": round(loss, 4)}
+        return {"heldout_loss": round(self._finite("held-out loss", loss), 4)}
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a kill in the middle leaves the one before."""

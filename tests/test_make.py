@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from decoding import StagedDecoder, cli, make
@@ -90,6 +90,12 @@ def test_an_oracle_that_cannot_teach_is_refused_at_once(text, trained, tmp_path,
     tokenizer = json.loads((trained / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     last = max(vocabulary, key=vocabulary.get)
+    unread = written_by_hand(tmp_path / "unread", trained, activation_function="relu")
+    broken, partial = (written_by_hand(tmp_path / name, trained) for name in ("broken", "partial"))
+    tensors = load_file(broken / "model.safetensors")
+    save_file(tensors | {"transformer.ln_f.bias": torch.full((64,), torch.nan)}, broken / "model.safetensors")
+    del tensors["transformer.ln_f.bias"]
+    save_file(tensors, partial / "model.safetensors")
     vocabulary[last] = 70000
     (holed / "tokenizer.json").write_text(json.dumps(tokenizer))
     vocabulary[last], vocabulary["<end>"] = 299, vocabulary.pop("<|endoftext|>")
@@ -99,6 +105,9 @@ def test_an_oracle_that_cannot_teach_is_refused_at_once(text, trained, tmp_path,
         (short, "--context must be at most the oracle's, 32, got 64"),
         (holed, "vocab_size must hold the tokenizer's 70001 ids, at most 65536, got 300"),
         (endless, "has no <|endoftext|>"),
+        (unread, "activation_function must be one of"),
+        (broken, "ln_f.bias holds NaN"),
+        (partial, "1 weights are missing"),
     ):
         command = ["train-draft", "--oracle", oracle, "--out", tmp_path / "out", "--data", text, *TINY.split()]
         assert why in refused(capsys, *command) and not (tmp_path / "out").exists()
@@ -124,6 +133,15 @@ def test_models_of_others_are_not_lost(text, trained, tmp_path, capsys):
     ):
         assert why in refused(capsys, *command, *more)
     assert before == {file.name: file.read_bytes() for file in theirs.iterdir()}
+
+
+def test_a_loss_that_is_no_number_ends_a_run(text, tmp_path, capsys):
+    command = ["train-oracle", "--out", tmp_path, "--data", text, *TINY.split(), "--learning-rate", "1e30"]
+    command += ["--warmup-steps", "1", "--vocab-size", "300"]
+    assert "loss at step 2 is nan: is --learning-rate too high?" in refused(capsys, *command)
+    assert not (tmp_path / "training.json").exists() and not (tmp_path / training.LATEST).exists()
+    assert "held-out loss at step 1 is" in refused(capsys, *command, "--steps", "1")
+    assert not (tmp_path / "training.json").exists() and not (tmp_path / training.LATEST).exists()
 
 
 def test_the_command_survives_a_kill_at_any_moment(tmp_path):
