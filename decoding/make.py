@@ -30,15 +30,10 @@ MOST_REPEATS = 4  # of the oracle's text: up to there a text is worth about as m
 
 def read_corpus(data: list[str] | None, suffix: str, exclude: Path | None = None) -> corpus.Corpus:
     """What lies in the directories ``data``; 'installed' is the installed Python source."""
-    if exclude is not None and not exclude.is_file():
-        raise ValueError(f"no file of prompts to exclude at {exclude}")
+    excluded = corpus.telling_lines(exclude) if exclude else frozenset()
     sources = []
     for name in data or ["installed"]:
         sources += corpus.installed_sources() if name == "installed" else corpus.directory_sources(Path(name))
-    try:
-        excluded = corpus.telling_lines(exclude) if exclude else frozenset()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--exclude: {exclude} does not hold JSON lines with prompts: {error!r}") from error
     return corpus.collect(sources, suffix, excluded=excluded)
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from model.files import reading
+
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_PACKAGES = ("torch", "transformers", "numpy")
 SKIPPED_PARTS = {"idlelib", "test", "tests", "testing", "lib2to3", "__pycache__"}
@@ -96,13 +98,30 @@ def text_files(root: Path, suffix: str) -> list[Path]:
 
 
 def telling_lines(problems: Path) -> frozenset[str]:
-    """Lines by which problems of an evaluation set are known: those of at least 40 characters in the prompts of
-    ``problems``, a file of JSON lines with a "prompt" each (HumanEval's format), gzipped if it ends in ".gz"."""
-    raw = problems.read_bytes()
-    text = (gzip.decompress(raw) if problems.suffix == ".gz" else raw).decode("utf-8")
-    prompts = [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
-    lines = (line.strip() for prompt in prompts for line in prompt.splitlines())
-    return frozenset(line for line in lines if len(line) >= 40)
+    """Lines by which problems of an evaluation set are known, as ``_plain`` makes them.
+
+    Those of at least 40 characters in each prompt of ``problems``, or its longest one where there are none. The file
+    holds JSON lines with a "prompt" each (HumanEval's format), gzipped if it ends in ".gz". Not known by them are
+    solutions without their prompt, or with one that was rewritten or wrapped anew or lost its only long line, as to a
+    new name of the function.
+    Raises ValueError for another file and for one without prompts.
+    """
+    found = set()
+    with reading(problems, " as JSON lines with prompts"):
+        raw = problems.read_bytes()
+        text = (gzip.decompress(raw) if problems.suffix == ".gz" else raw).decode("utf-8")
+        for row in text.split("\n"):
+            lines = [_plain(line) for line in json.loads(row)["prompt"].splitlines()] if row.strip() else []
+            found.update([line for line in lines if len(line) >= 40] or [max(lines, key=len, default="")])
+    found.discard("")
+    if not found:
+        raise ValueError(f"{problems} holds no prompts, so it would exclude nothing")
+    return frozenset(found)
+
+
+def _plain(line: str) -> str:
+    """``line`` as it is compared: neither indented nor commented out, with single spaces."""
+    return " ".join(line.lstrip("# \t").split())
 
 
 def collect(
@@ -132,7 +151,7 @@ def collect(
             except UnicodeDecodeError:
                 continue
             stripped = [line for line in map(str.strip, text.split("\n")) if len(line) >= 12]
-            if not excluded.isdisjoint(stripped):
+            if excluded and not excluded.isdisjoint(map(_plain, text.splitlines())):
                 corpus.num_excluded += 1
                 continue
             lines = [hash(line) for line in stripped]

@@ -264,7 +264,7 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
         (["--model", draft, "--samples", "64", "--out", str(tmp_path / "draft" / "config.json")], "--out: "),
         (["--model", str(BUNDLED / "draft"), "--out", draft2], "has 8192 tokens, the tokenizer 300"),
         (["--model", draft, "--temperature", "inf", "--out", draft2], "must be above 0 and finite"),
-        (["--exclude", str(text / "file_1.py"), "--out", draft2], "does not hold JSON lines with prompts"),
+        (["--exclude", str(text / "file_1.py"), "--out", draft2], "cannot be read as JSON lines with prompts"),
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main([*table, *wrong])
