@@ -40,18 +40,22 @@ def read_corpus(data: list[str] | None, suffix: str, exclude: Path | None = None
 def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """Token ids to train on and held out, uint16; written to ``flags.out`` and read from there when a run resumes.
 
-    Raises ValueError where another tokenizer's lie there.
+    Raises ValueError where another tokenizer's lie there, or those of text that was chosen otherwise.
     """
-    stored = flags.out / TOKENS
+    stored, excluded = flags.out / TOKENS, flags.exclude.name if flags.exclude else None
+    asked = {"vocab_size": None if tokenizer_dir else _vocab_size(flags), "suffix": flags.suffix, "exclude": excluded}
     if stored.exists():
-        asked, kept = None if tokenizer_dir else _vocab_size(flags), _tokenizer(flags.out)
+        noted = asked | json.loads((flags.out / SOURCES).read_text())  # folders of before have fewer notes
+        kept = _tokenizer(flags.out)
         if tokenizer_dir is not None:
             is_other = _rules(_tokenizer(tokenizer_dir)) != _rules(kept)
-        else:  # folders of before have no note
-            noted = json.loads((flags.out / SOURCES).read_text()).get("vocab_size", asked)
-            is_other = noted != asked or kept.get_vocab_size() > asked
+        else:
+            is_other = noted["vocab_size"] != asked["vocab_size"] or kept.get_vocab_size() > asked["vocab_size"]
         if is_other:
             raise ValueError(f"{flags.out} holds text in the tokens of another tokenizer")
+        for name in ("suffix", "exclude"):
+            if noted[name] != asked[name]:
+                raise ValueError(f"{name} was {noted[name]} when the text in {flags.out} was read, not {asked[name]}")
         print(f"text as stored in {flags.out}, whatever --data says")
         with np.load(stored) as arrays:
             return arrays["train"], arrays["heldout"]
@@ -62,8 +66,7 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
         tokenizer = _tokenizer(tokenizer_dir)
     end = corpus.END_OF_TEXT
     train, heldout = corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
-    sources = {"sources": texts.card(), "excluded_files": texts.num_excluded}
-    sources["vocab_size"] = None if tokenizer_dir else _vocab_size(flags)  # that was asked for
+    sources = {"sources": texts.card(), "excluded_files": texts.num_excluded} | asked
     with written(flags.out) as folder:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(folder)
         (folder / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")

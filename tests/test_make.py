@@ -122,6 +122,20 @@ def test_an_oracle_that_cannot_teach_is_refused_at_once(text, trained, tmp_path,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 401
 
 
+def test_text_that_was_chosen_otherwise_is_not_trained_on(text, tmp_path, capsys):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"prompt": "def name_1_2(argument):"}) + "\n")
+    out = tmp_path / "out"
+    command = ["train-oracle", "--out", out, "--data", text, *TINY.split(), "--vocab-size", "300"]
+    given = ["--exclude", problems]
+    cli.main([*map(str, [*command, *given])])
+    card = json.loads((out / "training.json").read_text())
+    assert card["exclude"] == "problems.jsonl" and card["suffix"] == ".py" and card["excluded_files"] == 1
+    assert "--exclude was problems.jsonl when the text in" in refused(capsys, *command)
+    assert "--suffix was .py when the text in" in refused(capsys, *command, *given, "--suffix", ".txt")
+    cli.main([*map(str, [*command, *given])])
+
+
 def test_models_of_others_are_not_lost(text, trained, tmp_path, capsys):
     theirs = written_by_hand(tmp_path / "theirs", trained)
     before = {file.name: file.read_bytes() for file in theirs.iterdir()}
