@@ -54,8 +54,9 @@ def _law_loss(hidden: torch.Tensor, weight: torch.Tensor, taught: torch.Tensor, 
 
 @torch.no_grad()
 def heldout_loss(model: GPT2LMHeadModel, ids: np.ndarray, context: int, num_windows: int = 24) -> float:
-    """Nats per token over evenly spaced windows of the held-out text, predictions at all positions of the context."""
-    starts = np.linspace(0, len(ids) - context, num_windows).astype(int)
+    """Nats per token over evenly spaced windows of the held-out text, predictions at all positions of the context, or
+    at those that a text of at least 2 tokens has."""
+    starts = np.linspace(0, max(0, len(ids) - context), num_windows).astype(int)
     half, losses = bfloat16_is_fast(model.device), []
     with torch.compiler.set_stance("force_eager"):  # not worth compiling for
         for start in starts:

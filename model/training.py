@@ -110,8 +110,11 @@ class Trainer:
     ) -> None:
         """``ids``: uint16 [tokens]. ``compiled`` needs a C++ compiler on a CPU, and is 1.3 times as fast there.
 
-        ``start``: a trained model to begin from, see ``grow``.
+        ``start``: a trained model to begin from, see ``grow``. Raises ValueError where it does not fit, and for too
+        little text.
         """
+        longest = config.context if config.full_window_share else config.short_window
+        windows(ids, longest, 0, 1, config.seed)  # refuses a text that is too short for the last steps
         self.config, self.ids = config, ids
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build(config)
@@ -269,6 +272,8 @@ def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: 
     SIGTERM asks for the end. Rows: step, progress, seconds, tokens, loss (of this step), and since the last logged row
     tokens_per_second and teraflops per second.
     """
+    if len(heldout) < 2:
+        raise ValueError(f"{len(heldout)} tokens of held-out text are too few to measure a loss on")
     end = End()
     with handled({signal.SIGCONT: trainer.note_stop, signal.SIGINT: end, signal.SIGTERM: end}):
         yield from _steps(trainer, heldout, out, checkpoint_minutes, end)

@@ -173,6 +173,20 @@ def test_a_budget_that_is_spent_already_has_a_last_row_too(tmp_path):
         shorter.save(tmp_path / training.LATEST)
 
 
+def test_too_little_text_is_refused_at_once(tmp_path):
+    """Text is too short for its longest windows, although the first steps take short ones; held-out text may be short,
+    but not without a prediction."""
+    with pytest.raises(ValueError, match="100 tokens of text are too few for windows of 64"):
+        training.Trainer(CONFIG, periodic_ids(0)[:100], compiled=False)
+    config = replace(CONFIG, full_window_share=0.0, steps=1)
+    trainer = training.Trainer(config, periodic_ids(0)[:100], compiled=False)
+    with pytest.raises(ValueError, match="1 tokens of held-out text are too few"):
+        next(training.train(trainer, periodic_ids(0)[:1], tmp_path))
+    assert trainer.step == 0
+    (row,) = training.train(trainer, periodic_ids(0)[:2], tmp_path)
+    assert 0 < row["heldout_loss"] < 10
+
+
 def test_a_stopped_process_spends_no_budget(monkeypatch, tmp_path):
     """A step in which the process was told to go on counts as long as the one before; the first, and any other one, as
     it took."""
