@@ -66,7 +66,7 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
         tokenizer = _tokenizer(tokenizer_dir)
     end = corpus.END_OF_TEXT
     train, heldout = corpus.encode(tokenizer, texts.train), corpus.encode(tokenizer, texts.heldout)
-    sources = {"sources": texts.card(), "excluded_files": texts.num_excluded} | asked
+    sources = {"sources": texts.card(), "excluded_files": texts.left_out["excluded"]} | asked
     with written(flags.out) as folder:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(folder)
         (folder / SOURCES).write_text(json.dumps(sources, indent=1) + "\n")

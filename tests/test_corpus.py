@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_files_that_hold_a_line_of_an_evaluation_set_are_left_out(tmp_path):
     (folder / "old.py").write_bytes(files["old"].encode())
     sources = corpus.directory_sources(folder)
     everything, rest = corpus.collect(sources), corpus.collect(sources, excluded=excluded)
-    assert everything.num_excluded == 0 and rest.num_excluded == 4
+    assert not everything.left_out and rest.left_out == {"excluded": 4}
     left_out = set(everything.train + everything.heldout) - set(rest.train + rest.heldout)
     assert left_out == {files[name] for name in ("leak", "spaced", "commented", "old")}
 
@@ -102,9 +103,24 @@ def test_a_damaged_file_of_prompts_is_named(tmp_path):
             corpus.telling_lines(tmp_path / "problems.gz")
 
 
+def test_only_files_are_read(tmp_path):
+    """Not what only ends like one: a folder, a pipe that nobody writes to, links to nothing and to themselves."""
+    folder = write(tmp_path, one=BODY)
+    write(folder / "package.py", two=BODY)
+    os.mkfifo(folder / "pipe.py")
+    (folder / ".#lock.py").symlink_to("gone")
+    (folder / "loop.py").symlink_to("loop.py")
+    assert corpus.text_files(folder, ".py") == [folder / "one.py", folder / "package.py" / "two.py"]
+
+
 def test_too_little_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="0 files to train on and 0 held out"):
+    with pytest.raises(ValueError, match="0 files to train on, 0 held out$"):
         corpus.collect([corpus.Source("empty", tmp_path)])
+    files = {"large": "x = 1  # comment\n" * 20000, "copy": BODY, "copy_2": BODY, "short": "pass\n"}
+    (write(tmp_path / "files", **files) / "latin.py").write_bytes("é = 'a longer line'\n".encode("latin-1"))
+    why = "1 files to train on, 0 held out, 1 not UTF-8, 1 repeated, 1 too large, 1 too short$"
+    with pytest.raises(ValueError, match=why):
+        corpus.collect(corpus.directory_sources(tmp_path / "files"))
     with pytest.raises(ValueError, match="no directory of training text at"):
         corpus.directory_sources(tmp_path / "absent")
 
