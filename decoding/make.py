@@ -45,7 +45,8 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
     stored, excluded = flags.out / TOKENS, flags.exclude.name if flags.exclude else None
     asked = {"vocab_size": None if tokenizer_dir else _vocab_size(flags), "suffix": flags.suffix, "exclude": excluded}
     if stored.exists():
-        noted = asked | json.loads((flags.out / SOURCES).read_text())  # folders of before have fewer notes
+        with reading(flags.out / SOURCES):
+            noted = asked | json.loads((flags.out / SOURCES).read_text())  # folders of before have fewer notes
         kept = _tokenizer(flags.out)
         if tokenizer_dir is not None:
             is_other = _rules(_tokenizer(tokenizer_dir)) != _rules(kept)
@@ -57,7 +58,7 @@ def prepare(flags: argparse.Namespace, tokenizer_dir: Path | None) -> tuple[np.n
             if noted[name] != asked[name]:
                 raise ValueError(f"{name} was {noted[name]} when the text in {flags.out} was read, not {asked[name]}")
         print(f"text as stored in {flags.out}, whatever --data says")
-        with np.load(stored) as arrays:
+        with reading(stored), np.load(stored) as arrays:
             return arrays["train"], arrays["heldout"]
     texts = read_corpus(flags.data, flags.suffix, flags.exclude)
     if tokenizer_dir is None:
@@ -189,7 +190,8 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
             with written(flags.out) as folder:
                 np.save(folder / OWN_TEXT, own)
         num_text = len(ids)
-        ids = blend(ids, np.load(stored), flags.own_share)
+        with reading(stored):
+            ids = blend(ids, np.load(stored), flags.own_share)
         share = 1 - num_text / len(ids)
         if share < 0.9 * flags.own_share:
             print(f"the oracle's own text is {share:.1%} of what is learnt from: a larger --own-text makes it more")
@@ -268,6 +270,8 @@ def _ancestry(directory: Path, start: GPT2LMHeadModel) -> dict:
 def build_draft2(flags: argparse.Namespace) -> None:
     if flags.model is None and (flags.samples is not None or flags.temperature is not None):
         raise ValueError("samples and temperature are of the text that a --model writes")
+    if flags.contexts < 0:
+        raise ValueError(f"contexts must be at least 0, got {flags.contexts}")
     num_samples = 1_000_000 if flags.samples is None else flags.samples
     temperature = 1.5 if flags.temperature is None else flags.temperature
     if num_samples < 1 or not 0 < temperature < math.inf:

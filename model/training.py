@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model.files import written
+from model.files import reading, written
 from model.growth import grow
 from model.loss import heldout_loss, loss_of
 from model.muon import Muon
@@ -261,7 +261,8 @@ class Trainer:
         return True
 
     def _read(self, path: Path) -> dict:
-        return torch.load(path, map_location=self.device, weights_only=True)
+        with reading(path, " as a checkpoint"):
+            return torch.load(path, map_location=self.device, weights_only=True)
 
 
 def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: float = 3.0) -> Iterator[dict]:

@@ -1,6 +1,8 @@
 """The commands that made the bundled models, in miniature: they go on when killed, refuse wrong flags."""
 
 import json
+import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from model import bundle, training
 from tests.test_corpus import source, write
 
 TINY = "--layers 1 --width 64 --context 64 --short-window 16 --tokens-per-step 64 --steps 2 --no-compile"
+DRAFT = ["train-draft", *TINY.split(), "--own-text", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,14 @@ def trained(text, tmp_path_factory) -> Path:
     """An oracle after two steps; do not change it."""
     out = tmp_path_factory.mktemp("trained") / "oracle"
     cli.main(["train-oracle", "--data", text, "--out", str(out), *TINY.split(), "--vocab-size", "300"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def drafted(text, trained, tmp_path_factory) -> Path:
+    """A draft of it; do not change it."""
+    out = tmp_path_factory.mktemp("drafted")
+    cli.main([*DRAFT, "--oracle", str(trained), "--data", text, "--out", str(out)])
     return out
 
 
@@ -134,6 +145,29 @@ def test_text_that_was_chosen_otherwise_is_not_trained_on(text, tmp_path, capsys
     assert "--exclude was problems.jsonl when the text in" in refused(capsys, *command)
     assert "--suffix was .py when the text in" in refused(capsys, *command, *given, "--suffix", ".txt")
     cli.main([*map(str, [*command, *given])])
+
+
+@pytest.mark.parametrize("name", ["tokens.npz", "own_text.npy", training.LATEST, "sources.json"])
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_file_that_is_cut_is_named(text, trained, drafted, tmp_path, capsys, name, size):
+    shutil.copytree(drafted, tmp_path, dirs_exist_ok=True)
+    os.truncate(tmp_path / name, size)
+    error = refused(capsys, *DRAFT, "--oracle", trained, "--data", text, "--out", tmp_path)
+    assert f"{name} cannot be read" in error
+
+
+@pytest.mark.parametrize(("what", "room"), [*(("draft", room) for room in (100, 50_000, 200_000)), ("draft2", 100)])
+def test_a_full_disk_is_one_line(text, trained, tmp_path, capsys, what, room):
+    """Wherever it fills; where there is room again the same command goes on."""
+    command = [*DRAFT, "--oracle", trained] if what == "draft" else ["build-draft2", "--tokenizer", trained]
+    command += ["--data", text, "--out", tmp_path]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        assert "cannot be written" in refused(capsys, *command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    cli.main([*map(str, command)])
 
 
 def test_models_of_others_are_not_lost(text, trained, tmp_path, capsys):
@@ -278,6 +312,7 @@ def test_the_three_commands_make_a_trio_that_decodes(tmp_path, capsys):
         (["--model", draft, "--samples", "64", "--out", str(tmp_path / "draft" / "config.json")], "--out: "),
         (["--model", str(BUNDLED / "draft"), "--out", draft2], "has 8192 tokens, the tokenizer 300"),
         (["--model", draft, "--temperature", "inf", "--out", draft2], "must be above 0 and finite"),
+        (["--model", draft, "--contexts", "-1", "--out", draft2], "--contexts must be at least 0, got -1"),
         (["--exclude", str(text / "file_1.py"), "--out", draft2], "cannot be read as JSON lines with prompts"),
     ):
         with pytest.raises(SystemExit, match="2"):
