@@ -102,7 +102,7 @@ def _num_tokens(directory: Path) -> int:
             num_tokens = int(json.loads(config.read_text(encoding="utf-8"))["vocab_size"])
     if not least <= num_tokens <= MOST_TOKENS:
         raise ValueError(
-            f"{directory}: vocab_size must hold the tokenizer's {least} ids, at most {MOST_TOKENS}, got {num_tokens}"
+            f"{num_tokens} tokens in {directory} must hold the tokenizer's {least} ids and be at most {MOST_TOKENS}"
         )
     return num_tokens
 
@@ -135,7 +135,7 @@ def _model(directory: Path) -> GPT2LMHeadModel:
         weights.load(directory, torch.float32, "cpu")  # transformers makes up what is missing
         return GPT2LMHeadModel.from_pretrained(directory)
     except Exception as error:  # of transformers, safetensors or the hub's checks of a config
-        raise ValueError(f"{directory} holds no GPT-2 that transformers can load: {error}") from error
+        raise ValueError(f"{directory} holds no GPT-2 that can be loaded: {error}") from error
 
 
 def _begin(flags: argparse.Namespace) -> None:

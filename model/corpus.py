@@ -117,7 +117,7 @@ def telling_lines(problems: Path) -> frozenset[str]:
             found.update([line for line in lines if len(line) >= 40] or [max(lines, key=len, default="")])
     found.discard("")
     if not found:
-        raise ValueError(f"{problems} holds no prompts, so it would exclude nothing")
+        raise ValueError(f"no prompts in {problems}, so it would exclude nothing")
     return frozenset(found)
 
 

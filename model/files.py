@@ -20,8 +20,8 @@ def written(directory: Path) -> Iterator[Path]:
         for file in sorted(unfinished.iterdir()):
             file.replace(directory / file.name)
     except Exception as error:
-        names = ", ".join(sorted(file.name for file in unfinished.iterdir()))
-        raise OSError(f"{directory}: {names} cannot be written: {error}") from error
+        names = ", ".join(sorted(file.name for file in unfinished.iterdir())) or "files"
+        raise OSError(f"cannot write {names} in {directory}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -32,4 +32,4 @@ def reading(path: Path, what: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{path} cannot be read{what}: {error!r}") from error
+        raise ValueError(f"cannot read {path}{what}: {type(error).__name__} {error}") from error
