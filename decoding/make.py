@@ -202,8 +202,8 @@ def _train(flags: argparse.Namespace, tokenizer_dir: Path | None, teacher: GPT2L
         keep_freed_memory()
     trainer = training.Trainer(config, ids, teacher, compiled=not flags.no_compile, start=start)
     end = tokenizer.token_to_id(corpus.END_OF_TEXT)
-    for names in (trainer.model.config, trainer.model.generation_config):
-        names.bos_token_id = names.eos_token_id = end
+    for one in (trainer.model.config, trainer.model.generation_config):
+        one.bos_token_id = one.eos_token_id = end
     console = Console(highlight=False, soft_wrap=True)
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     console.print(f"{num_parameters / 1e6:.1f} M parameters, {len(ids):,} tokens of text", end=", ")

@@ -12,7 +12,7 @@ def written(directory: Path) -> Iterator[Path]:
 
     Raises OSError with their names for whatever a library raises where a disk is full.
     """
-    unfinished = directory / "unfinished"
+    unfinished = directory / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir(parents=True)
     try:

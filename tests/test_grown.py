@@ -57,4 +57,4 @@ def test_what_was_not_grown_is_not_lost(tmp_path, capsys, name):
 def test_what_was_grown_is_replaced(folder):
     draft = folder / "draft"
     grown.write(BUNDLED / "draft", draft, grown.config_of(BUNDLED / "draft", draft, 2, 192))
-    assert not (draft / "unfinished").exists()
+    assert not (draft / ".unfinished").exists()

@@ -58,8 +58,8 @@ def test_a_kill_after_the_last_step_costs_no_model(text, trained, tmp_path, monk
         patched.setattr(GPT2LMHeadModel, "save_pretrained", killed)
         cli.main(command)
     assert (tmp_path / training.LATEST).exists() and not (tmp_path / "model.safetensors").exists()
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "of_a_kill.json").touch()
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / ".unfinished" / "of_a_kill.json").touch()
     cli.main(command)
     assert "100% of the budget" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in trained.iterdir()}
