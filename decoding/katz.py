@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels.layout import MAX_PROBES, SuccessorTable
 from kernels.reference import hash_context
+from model.files import written
 
 FORMAT = "katz-trigram-1"
 
@@ -176,7 +177,6 @@ def _hash(keys: torch.Tensor, first_row: int) -> tuple[torch.Tensor, torch.Tenso
 
 def save(table: SuccessorTable, directory: Path, notes: dict | None = None) -> None:
     """Write ``table.safetensors`` and ``table.json``; ``notes`` say what the table was estimated from."""
-    directory.mkdir(parents=True, exist_ok=True)
     narrow = torch.uint16 if table.vocab_size <= 65536 else torch.int32
     tensors = {
         "keys": table.keys,
@@ -185,9 +185,10 @@ def save(table: SuccessorTable, directory: Path, notes: dict | None = None) -> N
         "log_probs": table.log_probs.half(),
         "log_rest": table.log_rest.half(),
     }
-    save_file(tensors, directory / "table.safetensors")
     card = {"format": FORMAT, "vocab_size": table.vocab_size, "rows": table.tokens.shape[0], **(notes or {})}
-    (directory / "table.json").write_text(json.dumps(card, indent=1) + "\n")
+    with written(directory) as folder:
+        save_file(tensors, folder / "table.safetensors")
+        (folder / "table.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 def load(directory: str | Path) -> SuccessorTable:

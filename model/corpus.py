@@ -13,12 +13,15 @@ import importlib.util
 import json
 import random
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from model.files import reading
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_PACKAGES = ("torch", "transformers", "numpy")
@@ -41,7 +44,7 @@ class Corpus:
     train: list[str] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)
     taken: dict[str, list] = field(default_factory=dict)  # name -> [licence, files, bytes]
-    num_excluded: int = 0  # files that held a line of an evaluation set
+    left_out: Counter[str] = field(default_factory=Counter)  # why -> files
 
     def card(self) -> list[dict]:
         """One JSON row per source: name, licence, files, bytes."""
@@ -91,18 +94,36 @@ def text_files(root: Path, suffix: str) -> list[Path]:
     """``root`` itself or all files below it that end in ``suffix``, in a stable order, without tests."""
     if root.is_file():
         return [root]
-    inside = (path for path in root.rglob(f"*{suffix}") if "site-packages" not in path.relative_to(root).parts)
-    return sorted(path for path in inside if not SKIPPED_PARTS & set(path.relative_to(root).parts[:-1]))
+    skipped = SKIPPED_PARTS | {"site-packages"}
+    inside = (path for path in root.rglob(f"*{suffix}") if not skipped & set(path.relative_to(root).parts[:-1]))
+    return sorted(path for path in inside if path.is_file())  # no folder, pipe or link to nothing
 
 
 def telling_lines(problems: Path) -> frozenset[str]:
-    """Lines by which problems of an evaluation set are known: those of at least 40 characters in the prompts of
-    ``problems``, a file of JSON lines with a "prompt" each (HumanEval's format), gzipped if it ends in ".gz"."""
-    raw = problems.read_bytes()
-    text = (gzip.decompress(raw) if problems.suffix == ".gz" else raw).decode("utf-8")
-    prompts = [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
-    lines = (line.strip() for prompt in prompts for line in prompt.splitlines())
-    return frozenset(line for line in lines if len(line) >= 40)
+    """Lines by which problems of an evaluation set are known, as ``_plain`` makes them.
+
+    Those of at least 40 characters in each prompt of ``problems``, or its longest one where there are none. The file
+    holds JSON lines with a "prompt" each (HumanEval's format), gzipped if it ends in ".gz". Not known by them are
+    solutions without their prompt, or with one that was rewritten or wrapped anew or lost its only long line, as to a
+    new name of the function.
+    Raises ValueError for another file and for one without prompts.
+    """
+    found = set()
+    with reading(problems, " as JSON lines with prompts"):
+        raw = problems.read_bytes()
+        text = (gzip.decompress(raw) if problems.suffix == ".gz" else raw).decode("utf-8")
+        for row in text.split("\n"):
+            lines = [_plain(line) for line in json.loads(row)["prompt"].splitlines()] if row.strip() else []
+            found.update([line for line in lines if len(line) >= 40] or [max(lines, key=len, default="")])
+    found.discard("")
+    if not found:
+        raise ValueError(f"no prompts in {problems}, so it would exclude nothing")
+    return frozenset(found)
+
+
+def _plain(line: str) -> str:
+    """``line`` as it is compared: neither indented nor commented out, with single spaces."""
+    return " ".join(line.lstrip("# \t").split())
 
 
 def collect(
@@ -115,8 +136,8 @@ def collect(
     """Read the files of every source.
 
     A file is left out when it is larger than ``max_file_bytes`` (tables, generated code), not UTF-8, or when more
-    than ``max_repeated`` of its lines of at least 12 characters occurred in earlier files, or when one of its lines is
-    among ``excluded``, which keeps an evaluation set out. One in 50 is held out.
+    than ``max_repeated`` of its lines of at least 12 characters occurred in earlier files, or it has none, or when one
+    of its lines is among ``excluded``, which keeps an evaluation set out. One in 50 is held out.
     Raises ValueError if nothing is left.
     """
     corpus, seen_files, seen_lines = Corpus(), set(), set()
@@ -124,19 +145,24 @@ def collect(
         for path in text_files(source.root, suffix):
             raw = path.read_bytes()
             digest = hashlib.sha256(raw).digest()
-            if len(raw) > max_file_bytes or digest in seen_files:
-                continue
-            seen_files.add(digest)
             try:
                 text = raw.decode("utf-8").replace("\r\n", "\n")
             except UnicodeDecodeError:
-                continue
-            stripped = [line for line in map(str.strip, text.split("\n")) if len(line) >= 12]
-            if not excluded.isdisjoint(stripped):
-                corpus.num_excluded += 1
-                continue
-            lines = [hash(line) for line in stripped]
-            if not lines or sum(line in seen_lines for line in lines) > max_repeated * len(lines):
+                text = None
+            lines = [hash(line) for line in map(str.strip, (text or "").split("\n")) if len(line) >= 12]
+            if len(raw) > max_file_bytes:
+                why = "too large"
+            elif text is None:
+                why = "not UTF-8"
+            elif digest in seen_files or sum(line in seen_lines for line in lines) > max_repeated * len(lines):
+                why = "repeated"
+            elif excluded and not excluded.isdisjoint(map(_plain, text.splitlines())):
+                why = "excluded"
+            else:
+                why = None if lines else "too short"
+            seen_files.add(digest)
+            if why is not None:
+                corpus.left_out[why] += 1
                 continue
             seen_lines.update(lines)
             (corpus.heldout if digest[0] % 50 == 0 else corpus.train).append(text)
@@ -144,7 +170,10 @@ def collect(
             counts[1] += 1
             counts[2] += len(raw)
     if not corpus.train or not corpus.heldout:
-        raise ValueError(f"{len(corpus.train)} files to train on and {len(corpus.heldout)} held out: too little text")
+        left_out = "".join(f", {number} {why}" for why, number in sorted(corpus.left_out.items()))
+        raise ValueError(
+            f"too little text: {len(corpus.train)} files to train on, {len(corpus.heldout)} held out{left_out}"
+        )
     random.Random(0).shuffle(corpus.train)
     return corpus
 

@@ -11,7 +11,7 @@ import math
 import re
 
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 
 @torch.no_grad()
@@ -19,16 +19,11 @@ def grow(model: GPT2LMHeadModel, source: GPT2LMHeadModel) -> None:
     """Give ``model`` the function of ``source``, which has as many layers or fewer and is as wide or narrower.
 
     Weights that read new channels, heads and hidden units keep their initial values, so that all of them learn at once.
-    A wider model agrees with ``source`` up to rounding and the epsilon of its layer norms. Raises ValueError where
-    context or vocabulary differ or ``source`` is the larger model.
+    A wider model agrees with ``source`` up to rounding and the epsilon of its layer norms. Raises ValueError as
+    ``check_growth``.
     """
     ours, theirs = model.config, source.config
-    for name in ("n_positions", "vocab_size"):
-        if getattr(theirs, name) != getattr(ours, name):
-            _refuse(name, getattr(theirs, name), f"this one {getattr(ours, name)}")
-    for name in ("n_layer", "n_embd"):
-        if getattr(theirs, name) > getattr(ours, name):
-            _refuse(name, getattr(theirs, name), f"this one only {getattr(ours, name)}")
+    check_growth(ours, theirs)
     weights = source.state_dict()
     for name, value in model.state_dict().items():
         if name == "lm_head.weight":
@@ -38,8 +33,13 @@ def grow(model: GPT2LMHeadModel, source: GPT2LMHeadModel) -> None:
         _widen(name, value, given.to(value), ours.n_embd, theirs.n_embd)
 
 
-def _refuse(name: str, given: int, ours: str) -> None:
-    raise ValueError(f"the model to start from has {name} {given}, {ours}")
+def check_growth(ours: GPT2Config, theirs: GPT2Config) -> None:
+    """Raises ValueError where context or vocabulary differ or ``theirs``, to start from, is the larger model."""
+    for name in ("n_positions", "vocab_size", "n_layer", "n_embd"):
+        given, wanted = getattr(theirs, name), getattr(ours, name)
+        may_grow = name in ("n_layer", "n_embd")
+        if given > wanted or given != wanted and not may_grow:
+            raise ValueError(f"the model to start from has {name} {given}, this one {'only ' * may_grow}{wanted}")
 
 
 def _origin(name: str, given: int, layers: int) -> tuple[str, bool]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2LMHeadModel
 
 
 @torch.no_grad()
@@ -24,8 +24,10 @@ def sample_text(
     """Continue random pieces of ``prompt_ids`` uint16 [tokens] until ``num_tokens`` new tokens are drawn.
 
     Yields uint16 [rows, ``prompt_length`` + ``length``] with the prompts in front, both cut to what the context holds.
-    Draws from the full law at ``temperature``; an end-of-text token does not end a row.
+    Draws from the full law at ``temperature``; an end-of-text token does not end a row. The model's own
+    ``generation_config``, which might cut the law, is reset.
     """
+    model.generation_config = GenerationConfig()
     prompt_length = min(prompt_length, model.config.n_positions // 2)
     length = min(length, model.config.n_positions - prompt_length)
     batch = batch or (512 if model.device.type == "cuda" else 64)

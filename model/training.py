@@ -9,6 +9,7 @@ run can be given more time later: it then goes on from where the decay began.
 Commands: ``staged train-oracle``, ``staged train-draft``.
 """
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -18,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from model.files import reading, written
 from model.growth import grow
+from model.loss import heldout_loss, loss_of
 from model.muon import Muon
 from model.runtime import bfloat16_is_fast
 from model.signals import End, handled
 from model.training_config import TrainingConfig
 
-SHORT_SQUARE = 256  # tokens; tried: 256, which gains a third of a step, and 1024, which loses a sixth
 LATEST, STABLE = "checkpoint.pt", "checkpoint_before_decay.pt"
 
 
@@ -86,64 +87,10 @@ def _shuffle(num_windows: int, length: int, seed: int, epoch: int) -> tuple[np.n
     return rng.permutation(num_windows), int(rng.integers(length))
 
 
-def loss_of(
-    model: GPT2LMHeadModel,
-    tokens: torch.Tensor,  # [rows, length]
-    offset: torch.Tensor,  # of the first position
-    teacher: GPT2LMHeadModel | None,
-    half: bool,
-) -> torch.Tensor:
-    """Mean next-token loss in nats; with a teacher, the mean cross-entropy against the teacher's law.
-
-    ``half``: products in bfloat16, as autocast does.
-    """
-    positions = offset + torch.arange(tokens.shape[1], device=tokens.device)[None]
-    # on a CPU the backward pass of flash attention takes longer than short squares of scores do
-    attention = "eager" if tokens.device.type == "cpu" and tokens.shape[1] <= SHORT_SQUARE else "sdpa"
-    if model.config._attn_implementation != attention:
-        model.set_attn_implementation(attention)
-
-    def hidden(model: GPT2LMHeadModel) -> torch.Tensor:
-        return model.transformer(tokens, position_ids=positions, use_cache=False).last_hidden_state[:, :-1]
-
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=half):
-        if teacher is None:
-            return _text_loss(hidden(model), model.lm_head.weight, tokens[:, 1:])
-        with torch.no_grad():
-            taught = hidden(teacher)
-        return _law_loss(hidden(model), model.lm_head.weight, taught, teacher.lm_head.weight)
-
-
-@torch.compile(dynamic=False)
-def _text_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Output head and cross-entropy against the tokens that follow."""
-    return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), targets.flatten())
-
-
-@torch.compile(dynamic=False)
-def _law_loss(hidden: torch.Tensor, weight: torch.Tensor, taught: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:
-    """Output heads and cross-entropy against the teacher's law."""
-    with torch.no_grad():
-        law = F.linear(taught, teachers).float().softmax(-1)
-    return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), law.flatten(0, 1))
-
-
 def compile_blocks(model: GPT2LMHeadModel) -> None:
     """Compile one block for all of them, where the whole model would take minutes for each shape of a batch."""
     for block in model.transformer.h:
         block.compile(dynamic=False)
-
-
-@torch.no_grad()
-def heldout_loss(model: GPT2LMHeadModel, ids: np.ndarray, context: int, num_windows: int = 24) -> float:
-    """Nats per token over evenly spaced windows of the held-out text, predictions at all positions of the context."""
-    starts = np.linspace(0, len(ids) - context, num_windows).astype(int)
-    half, losses = bfloat16_is_fast(model.device), []
-    with torch.compiler.set_stance("force_eager"):  # not worth compiling for
-        for start in starts:
-            tokens = torch.from_numpy(ids[start : start + context].astype(np.int64))[None]
-            losses.append(loss_of(model, tokens.to(model.device), torch.tensor(0), None, half).item())
-    return sum(losses) / len(losses)
 
 
 class Trainer:
@@ -163,8 +110,11 @@ class Trainer:
     ) -> None:
         """``ids``: uint16 [tokens]. ``compiled`` needs a C++ compiler on a CPU, and is 1.3 times as fast there.
 
-        ``start``: a trained model to begin from, see ``grow``.
+        ``start``: a trained model to begin from, see ``grow``. Raises ValueError where it does not fit, and for too
+        little text.
         """
+        longest = config.context if config.full_window_share else config.short_window
+        windows(ids, longest, 0, 1, config.seed)  # refuses a text that is too short for the last steps
         self.config, self.ids = config, ids
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build(config)
@@ -202,7 +152,7 @@ class Trainer:
 
     def train_step(self) -> float:
         """One update of all weights; returns its loss. One in which the process was stopped counts as long as the one
-        before."""
+        before. Raises FloatingPointError for a loss that is no number."""
         start, config, self.was_stopped = time.monotonic(), self.config, False
         rng = np.random.default_rng([config.seed, self.step])
         full = self.progress > 1.0 - config.full_window_share
@@ -227,11 +177,17 @@ class Trainer:
         self.taken[length] += count
         self.step += 1
         self.tokens += batch.numel()
+        value = self._finite("loss", mean_loss.item())
         self.is_updating = False
-        value = mean_loss.item()
         if not self.was_stopped or self.step_seconds == 0.0:
             self.step_seconds = time.monotonic() - start
         self.seconds += self.step_seconds
+        return value
+
+    def _finite(self, name: str, value: float) -> float:
+        """``value``, so that nothing is saved where it is none. Raises FloatingPointError."""
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {name} at step {self.step} is {value}: is --learning-rate too high?")
         return value
 
     def note_stop(self, *_) -> None:
@@ -249,6 +205,24 @@ class Trainer:
         matrices = 12 * config.layers * config.width**2 + config.vocab_size * config.width
         return 6 * matrices + 12 * config.layers * config.width * config.short_window
 
+    def row(self, since: tuple[float, int] = (0.0, 0)) -> dict:
+        """Where the run is, and its rate since it had taken so many seconds and tokens."""
+        rate = (self.tokens - since[1]) / (self.seconds - since[0])
+        return {
+            "step": self.step,
+            "progress": round(self.progress, 4),
+            "seconds": round(self.seconds),
+            "tokens": self.tokens,
+            "tokens_per_second": round(rate),
+            "teraflops": round(1e-12 * rate * self.flops_per_token, 3),
+        }
+
+    def measure(self, heldout: np.ndarray) -> dict:
+        """The ``heldout_loss`` of a row."""
+        loss = heldout_loss(self.model.eval(), heldout, self.config.context)
+        self.model.train()
+        return {"heldout_loss": round(self._finite("held-out loss", loss), 4)}
+
     def save(self, path: Path) -> None:
         """Write a checkpoint; a kill in the middle leaves the one before."""
         state = {
@@ -259,9 +233,8 @@ class Trainer:
             "text_tokens": len(self.ids),
             **{name: getattr(self, name) for name in ("step", "tokens", "seconds", "taken", "log")},
         }
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        unfinished.replace(path)
+        with written(path.parent) as folder:
+            torch.save(state, folder / path.name)
 
     def resume(self, out: Path) -> bool:
         """Go on from the checkpoint in ``out``; from before its decay if the budget has grown since. False: none.
@@ -288,16 +261,20 @@ class Trainer:
         return True
 
     def _read(self, path: Path) -> dict:
-        return torch.load(path, map_location=self.device, weights_only=True)
+        with reading(path, " as a checkpoint"):
+            return torch.load(path, map_location=self.device, weights_only=True)
 
 
 def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: float = 3.0) -> Iterator[dict]:
     """Train until the budget is spent; yields a row after every step, with ``heldout_loss`` where that was measured.
 
+    The last row has one; where the budget was spent before, it is the only one and may lack the loss of a step.
     Checkpoints go to ``out``, one more just before the learning rate decays, and one after the step in which SIGINT or
     SIGTERM asks for the end. Rows: step, progress, seconds, tokens, loss (of this step), and since the last logged row
     tokens_per_second and teraflops per second.
     """
+    if len(heldout) < 2:
+        raise ValueError(f"{len(heldout)} tokens of held-out text are too few to measure a loss on")
     end = End()
     with handled({signal.SIGCONT: trainer.note_stop, signal.SIGINT: end, signal.SIGTERM: end}):
         yield from _steps(trainer, heldout, out, checkpoint_minutes, end)
@@ -305,6 +282,11 @@ def train(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: 
 
 def _steps(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes: float, end: End) -> Iterator[dict]:
     """The rows of ``train``; once the end is asked for, a checkpoint and the end."""
+    if trainer.progress >= 1.0:  # spent before, by a run that was killed before it wrote its model or had more to spend
+        last = trainer.log[-1] if trainer.log else {}
+        if last.get("progress") != 1.0 or "heldout_loss" not in last:
+            trainer.log.append(trainer.row() | trainer.measure(heldout))
+        yield trainer.log[-1]
     since, saved = (trainer.seconds, trainer.tokens), time.monotonic()
     while trainer.progress < 1.0:
         stable = not trainer.decaying
@@ -317,19 +299,10 @@ def _steps(trainer: Trainer, heldout: np.ndarray, out: Path, checkpoint_minutes:
             end.carry_out()
         if stable and trainer.decaying:
             trainer.save(out / STABLE)
-        row = {
-            "step": trainer.step,
-            "progress": round(trainer.progress, 4),
-            "seconds": round(trainer.seconds),
-            "tokens": trainer.tokens,
-            "loss": round(loss, 4),
-        }
-        rate = (trainer.tokens - since[1]) / (trainer.seconds - since[0])
-        row |= {"tokens_per_second": round(rate), "teraflops": round(1e-12 * rate * trainer.flops_per_token, 3)}
+        row = trainer.row(since) | {"loss": round(loss, 4)}
         done = trainer.progress >= 1.0
         if done or time.monotonic() - saved > 60 * checkpoint_minutes:
-            row["heldout_loss"] = round(heldout_loss(trainer.model.eval(), heldout, trainer.config.context), 4)
-            trainer.model.train()
+            row |= trainer.measure(heldout)
         if "heldout_loss" in row or trainer.step % 20 == 0:
             trainer.log.append(row)
             since = (trainer.seconds, trainer.tokens)

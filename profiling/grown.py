@@ -11,6 +11,7 @@ Weights whose values do not matter yet are random, not zero, except those that a
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -18,35 +19,46 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
-from decoding import make
 from decoding.decoder import BUNDLED
-from model.growth import grow
+from model.files import written
+from model.growth import check_growth, grow
 from profiling.flags import count, in_one_line
 
 SIZES = {"oracle": (36, 1280), "draft": (2, 1152)}
 HEAD_DIM = 64
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+NOTE = "grown.json"  # by which a folder is known as written here
 
 
-def write(source: Path, target: Path, layers: int, width: int) -> int:
-    """Write ``source``, grown to ``layers`` layers and ``width`` channels, to ``target``; its number of parameters.
+def config_of(source: Path, target: Path, layers: int, width: int) -> GPT2Config:
+    """Of ``source``, grown to ``layers`` layers and ``width`` channels.
 
-    In bfloat16, with the tokenizer of ``source``. Raises ValueError where ``source`` is the larger model.
+    Raises ValueError where ``source`` is the larger model, and where ``target`` holds what was not written here.
     """
-    small = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+    if target.exists() and any(target.iterdir()) and not (target / NOTE).is_file():
+        raise ValueError(f"{target} holds what was not grown here and would be lost")
+    if width < HEAD_DIM or width % HEAD_DIM:
+        raise ValueError(f"the width must be a multiple of {HEAD_DIM}, got {width}")
+    small = GPT2Config.from_pretrained(source)
     sizes = {"n_layer": layers, "n_embd": width, "n_head": width // HEAD_DIM}
-    config = GPT2Config.from_dict(small.config.to_dict() | sizes)
+    config = GPT2Config.from_dict(small.to_dict() | sizes)
+    check_growth(config, small)
+    return config
+
+
+def write(source: Path, target: Path, config: GPT2Config) -> int:
+    """Write ``source``, grown to ``config``, to ``target`` in bfloat16, with its tokenizer; how many parameters."""
+    small = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         large = GPT2LMHeadModel(config)
     grow(large, small)
-    unfinished = target.with_name(f"unfinished_{target.name}")  # a kill in the middle leaves no half of a model
-    shutil.rmtree(unfinished, ignore_errors=True)
-    large.to(torch.bfloat16).save_pretrained(unfinished)
-    for name in TOKENIZER:
-        shutil.copy(source / name, unfinished)
-    shutil.rmtree(target, ignore_errors=True)
-    unfinished.rename(target)
+    target.mkdir(exist_ok=True)
+    (target / NOTE).write_text(json.dumps({"layers": config.n_layer, "width": config.n_embd}) + "\n")
+    with written(target) as folder:
+        large.to(torch.bfloat16).save_pretrained(folder)
+        for name in TOKENIZER:
+            shutil.copy(source / name, folder)
     return large.num_parameters()
 
 
@@ -62,14 +74,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     flags = parser().parse_args(arguments)
     flags.out.mkdir(parents=True, exist_ok=True)
-    for name in SIZES:
-        if any((flags.out / name / file).exists() for file in (make.SOURCES, make.CARD)):
-            raise ValueError(f"{flags.out / name} holds a model that was trained, or is, and would be lost")
+    configs = {
+        name: config_of(BUNDLED / name, flags.out / name, *getattr(flags, f"{name}_size")) for name in SIZES
+    }  # of both before the first is written
     logging.disable_progress_bar()
-    for name in SIZES:
-        layers, width = getattr(flags, f"{name}_size")
-        parameters = write(BUNDLED / name, flags.out / name, layers, width)
-        print(f"{flags.out / name}: {layers} layers, {width} wide, {parameters / 1e6:.1f} M parameters")
+    for name, config in configs.items():
+        parameters = write(BUNDLED / name, flags.out / name, config)
+        size = f"{config.n_layer} layers, {config.n_embd} wide, {parameters / 1e6:.1f} M parameters"
+        print(f"{flags.out / name}: {size}")
     models = f"--oracle {flags.out / 'oracle'} --draft {flags.out / 'draft'} --draft2 {BUNDLED / 'draft2'}"
     print(f"python -m profiling.latency {models}")
 

@@ -38,9 +38,7 @@ def fitting_files(out: Path) -> tuple[list[Path], list[Path]]:
 
     Half a megabyte is kept for the summary and what an archive adds.
     """
-    files = [
-        path for path in out.rglob("*") if path.is_file() and path.suffix not in (*WEIGHTS, ".part", ".unfinished")
-    ]
+    files = [path for path in out.rglob("*") if path.is_file() and path.suffix not in (*WEIGHTS, ".part")]
     files = [path for path in files if path.name not in (SUMMARY, ARCHIVE)]
     chosen, left_out, total = [], [], 500_000
     for path in sorted(files, key=lambda path: path.stat().st_size):

@@ -33,19 +33,28 @@ def test_the_text_is_that_of_the_bundled_models(folder):
         assert ours.stats["mean_acceptance_length"] == pytest.approx(theirs.stats["mean_acceptance_length"], rel=0.2)
 
 
-def test_a_smaller_model_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        grown.main(["--out", str(tmp_path), "--oracle-size", "2", "384"])
-    assert ended.value.code == 2 and "n_layer" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("layers", "width", "why"), [("1", "192", "n_layer 2"), ("2", "64", "n_embd 128"), ("2", "200", "multiple of 64")]
+)
+def test_sizes_of_both_are_tried_before_one_is_written(tmp_path, capsys, layers, width, why):
+    with pytest.raises(SystemExit, match="2"):
+        grown.main(["--out", str(tmp_path), "--oracle-size", "9", "448", "--draft-size", layers, width])
+    assert why in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["oracle", "draft"])
-@pytest.mark.parametrize("file", ["sources.json", "training.json"])  # of a training that has begun, and ended
-def test_a_trained_model_is_not_lost(tmp_path, capsys, name, file):
-    trained = tmp_path / name / file
-    trained.parent.mkdir()
-    trained.write_text("{}")
+def test_what_was_not_grown_is_not_lost(tmp_path, capsys, name):
+    """A model that was trained, or anything else."""
+    theirs = tmp_path / name / "weights.bin"
+    theirs.parent.mkdir()
+    theirs.write_text("{}")
     with pytest.raises(SystemExit, match="2"):
         grown.main(["--out", str(tmp_path), "--oracle-size", "9", "448", "--draft-size", "3", "192"])
-    assert "would be lost" in capsys.readouterr().err and trained.exists()
+    assert "would be lost" in capsys.readouterr().err and theirs.exists()
     assert [folder.name for folder in tmp_path.iterdir()] == [name], "nothing else was written"
+
+
+def test_what_was_grown_is_replaced(folder):
+    draft = folder / "draft"
+    grown.write(BUNDLED / "draft", draft, grown.config_of(BUNDLED / "draft", draft, 2, 192))
+    assert not (draft / ".unfinished").exists()

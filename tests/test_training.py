@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import growth, samples, signals, training
+from model import growth, loss, samples, signals, training
 from model.training_config import TrainingConfig
 
 CONFIG = TrainingConfig(
@@ -159,6 +159,34 @@ def test_a_larger_budget_goes_on_from_before_the_decay(tmp_path):
         training.Trainer(CONFIG, ids[1:], compiled=False).resume(tmp_path)
 
 
+def test_a_budget_that_is_spent_already_has_a_last_row_too(tmp_path):
+    """Given less than was spent, a run ends with the held-out loss of the weights there are."""
+    part = training.Trainer(CONFIG, periodic_ids(0), compiled=False)
+    for _ in range(3):
+        part.train_step()
+    part.save(tmp_path / training.LATEST)
+    for _ in range(2):
+        shorter = training.Trainer(replace(CONFIG, steps=2), periodic_ids(0), compiled=False)
+        assert shorter.resume(tmp_path)
+        (row,) = run(shorter, tmp_path)
+        assert row["step"] == 3 and row["progress"] == 1.0 and row["heldout_loss"] > 0 and shorter.log == [row]
+        shorter.save(tmp_path / training.LATEST)
+
+
+def test_too_little_text_is_refused_at_once(tmp_path):
+    """Text is too short for its longest windows, although the first steps take short ones; held-out text may be short,
+    but not without a prediction."""
+    with pytest.raises(ValueError, match="100 tokens of text are too few for windows of 64"):
+        training.Trainer(CONFIG, periodic_ids(0)[:100], compiled=False)
+    config = replace(CONFIG, full_window_share=0.0, steps=1)
+    trainer = training.Trainer(config, periodic_ids(0)[:100], compiled=False)
+    with pytest.raises(ValueError, match="1 tokens of held-out text are too few"):
+        next(training.train(trainer, periodic_ids(0)[:1], tmp_path))
+    assert trainer.step == 0
+    (row,) = training.train(trainer, periodic_ids(0)[:2], tmp_path)
+    assert 0 < row["heldout_loss"] < 10
+
+
 def test_a_stopped_process_spends_no_budget(monkeypatch, tmp_path):
     """A step in which the process was told to go on counts as long as the one before; the first, and any other one, as
     it took."""
@@ -253,9 +281,7 @@ def test_one_block_is_compiled_for_all(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **how: compile_(call, backend=counting, **how))
     for name in ("_text_loss", "_law_loss"):
-        monkeypatch.setattr(
-            training, name, compile_(getattr(training, name)._torchdynamo_orig_callable, backend="eager")
-        )
+        monkeypatch.setattr(loss, name, compile_(getattr(loss, name)._torchdynamo_orig_callable, backend="eager"))
 
     def counting(graph, inputs):
         graphs.append(graph)
@@ -275,6 +301,7 @@ def test_text_that_a_model_writes_follows_its_law():
     for _ in range(40):
         trainer.train_step()
     model = trainer.model.cpu().eval()
+    model.generation_config.update(repetition_penalty=1e9, suppress_tokens=list(range(1, 25)))  # of no effect
     parts = list(samples.sample_text(model, trainer.ids, 50, 1e-4, batch=2, prompt_length=8, length=16))
     assert len(parts) == 2 and all(part.shape == (2, 24) and part.dtype == np.uint16 for part in parts)
     rows = torch.from_numpy(np.concatenate(parts).astype(np.int64))
