@@ -92,6 +92,11 @@ def test_shapes_that_cannot_run_are_refused(fields, message):
     assert hash(lists) == hash(SpeculationConfig(**shape)) and lists == SpeculationConfig(**shape)
 
 
+def test_a_pass_has_no_more_rows_than_a_launch_can_make():
+    shape = SpeculationConfig(("draft2", "a", "b"), (1, 1, 1), (64, 1024, 64), (4, 8, 4), budget=63, max_depth=32)
+    assert shape.capacity > 2**14 and shape.room(1, 1024, 33) == 2**14
+
+
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
 def test_bad_arguments_are_refused_by_name_and_value(tiny, arguments, message):
     arguments = {"prompt": [1, 2], "max_new_tokens": 4, "do_sample": True} | arguments

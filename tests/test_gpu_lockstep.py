@@ -13,7 +13,7 @@ import torch
 
 from decoding.stages import State
 from kernels import gpu, reference
-from kernels.layout import Tree
+from kernels.layout import DEPTH_LIMIT, Tree
 from tests.gpu_helpers import REAL_SHAPE
 from tests.helpers import random_tree
 from tests.interpreter import DEVICE
@@ -115,6 +115,19 @@ def test_no_child_below_max_depth(max_depth):
     gpu.insert_children(device, 1, padded(nodes, 5, -1), padded(children, 5, 0), padded(scores, 5, math.nan), depth)
     assert_equal(device, host, int(host.num_nodes))
     assert (host.scored[nodes] == 1).all() and not host.failed
+
+
+def test_no_child_below_the_deepest_a_path_can_hold():
+    """Whatever the depth that is asked for."""
+    host = reference.new_tree(DEPTH_LIMIT + 16, root=7)
+    for node in range(DEPTH_LIMIT):
+        reference.insert_children(host, 0, int32(node), int32([5]), torch.tensor([[-1.0]]), 99)
+    device = moved(host, DEVICE)
+    child = int32(DEPTH_LIMIT), int32([5]), torch.tensor([[-1.0]])
+    reference.insert_children(host, 1, *child, 99)
+    gpu.insert_children(device, 1, *(part.to(DEVICE) for part in child), int32(99, device=DEVICE))
+    assert_equal(device, host, DEPTH_LIMIT + 1)
+    assert int(device.num_nodes) == int(host.num_nodes) == DEPTH_LIMIT + 1
 
 
 @pytest.mark.parametrize("edges", [[-1.0, math.nan], [math.nan, math.nan], [math.nan, -math.inf]])

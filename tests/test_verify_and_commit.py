@@ -276,6 +276,22 @@ def test_deepest_path(ops):
     assert chain.cached_len.tolist() == [width]
 
 
+def test_of_equal_siblings_the_first_is_walked(ops):
+    """As the tree's growth never makes them: their K/V and sources differ, so both backends must choose alike."""
+    tree = reference.new_tree(16, root=1)
+    insert(tree, 0, 0, {5: -1.0, 6: -2.0})
+    tree.tokens[2], tree.sources[2] = 5, DRAFT
+    slots = torch.arange(16, dtype=torch.int32)
+    chain = reference.new_chain([slots] * 2, [16 + slots] * 2, [2, 2])
+    chain.cached[:, 1:3] = 1
+    progress = reference.new_progress([3, 1], 12, 8, [99, 99, 16], ())
+    tree, progress, chain = (moved(part, ops) for part in (tree, progress, chain))
+    ops.verify_and_commit(tree, int32(0, 1, 2, ops=ops), int32(5, 9, 9, ops=ops), progress, chain)
+    record = progress.record.tolist()
+    assert record[Record.TOKENS : Record.TOKENS + 2] == [5, 9] and record[Record.SOURCES] == 0
+    assert chain.page_tables[0, 2] == 17, "the slot of node 1"
+
+
 def test_statistics_of_a_record():
     """The record of "all" and then that of "nothing": what a user sees of them."""
     stats = Statistics(["draft2", "draft", "oracle"])
