@@ -16,7 +16,7 @@ import torch
 
 from decoding.config import SpeculationConfig
 from decoding.stats import Work
-from kernels.layout import MAX_ROWS, Chain, Progress, Sampling, SuccessorTable, Tree
+from kernels.layout import MAX_ROWS, NUM_CONTEXTS, Chain, Progress, Sampling, SuccessorTable, Tree
 from model.gpt2 import GPT2, Query
 from model.kv_cache import PagedKVCache
 
@@ -133,7 +133,7 @@ class KatzStage(Stage):
         self._on_host = SuccessorTable(*(column.cpu() for column in table[:-1]), table.vocab_size)
         self.recent = ops.new_recent(self.num_recent, self.remembers, table.tokens.device)
         self.in_use = threading.Lock()
-        self._row_bytes = table.tokens.shape[1] * 8 + 16
+        self._row_bytes = table.tokens.shape[1] * 8 + 16 + 8 * NUM_CONTEXTS  # a row and its number, all keys
         self._forget()
 
     @property

@@ -26,6 +26,7 @@ MOMENT_PART = 32  # values of a row whose moments are kept together; tiles that 
 VOCAB_TILE = 64  # logits whose maximum the output head may keep for the sampler
 MAX_CHILDREN = 64  # that a stage ranks for a node
 LONGEST_CONTEXT = 8  # tokens after which draft2 remembers what was drawn; a power of two
+NUM_CONTEXTS = LONGEST_CONTEXT.bit_length() - 1  # 2, 4, ..., LONGEST_CONTEXT tokens
 MAX_PROBES = 16  # buckets that a look-up of a successor table may visit; the builder keeps within it
 LEAST_REST = 1e-6  # mass outside a remembered row, where rounding leaves none
 NULL_PAGE = 0  # never handed out, always zero: what a dead lane reads

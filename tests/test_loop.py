@@ -171,7 +171,8 @@ def test_bytes_of_a_baseline(decoder):
 
 def test_bytes_of_a_chain(decoder):
     """One draft node and the root are verified: two rows of the oracle; the draft has the tokens accepted before it at
-    the head of its pass. draft2 reads a row of its table in every iteration but the last, with one token to come."""
+    the head of its pass. draft2 reads a row of its table in every iteration but the last, with one token to come, and
+    a key of it and of three contexts."""
     running = generation(decoder(0.0), chain(1), "greedy", new_tokens=4)
     list(running.run())
     (draft,), oracle, row = running.lower, running.oracle, 2 * 64 * 4
@@ -183,7 +184,7 @@ def test_bytes_of_a_chain(decoder):
     running = generation(decoder(0.2), chain(1, "draft2"), "greedy", new_tokens=4)
     list(running.run())
     (katz,) = running.lower
-    assert katz.bytes_moved == (katz.passes - 1) * (16 + 8 * katz.table.tokens.shape[1])
+    assert katz.bytes_moved == (katz.passes - 1) * (16 + 3 * 8 + 8 * katz.table.tokens.shape[1])
 
 
 @each_sampling

@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.contexts import CONTEXTS, context_keys, hash_context
 from kernels.gpu.early import wait_for_previous
 from kernels.gpu.launch import launch, require
-from kernels.gpu.lookup import CONTEXTS, context_keys, hash_context, require_recent
+from kernels.gpu.lookup import require_recent
 from kernels.gpu.tree import require_progress, require_tree
 from kernels.layout import LEAST_REST, Progress, RecentTable, Tree
 

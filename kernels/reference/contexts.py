@@ -3,11 +3,10 @@
 import numpy as np
 import torch
 
-from kernels.layout import LONGEST_CONTEXT
+from kernels.layout import LONGEST_CONTEXT, NUM_CONTEXTS
 from kernels.reference.compiled import compiled
 
 MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # of Fibonacci hashing, as int64
-NUM_CONTEXTS = LONGEST_CONTEXT.bit_length() - 1  # 2, 4, ..., LONGEST_CONTEXT tokens
 _POSITIVE = 2**63 - 1
 
 
